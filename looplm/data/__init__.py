@@ -1,0 +1,1 @@
+"""Text to batches: corpora (documents), tokenizers (byte-level BPE), pipeline (windows and batches)."""

@@ -1,0 +1,247 @@
+"""Documents to batches: one flat token stream, a fixed plan of windows over it, batches by step number.
+
+Packing is planned ahead: window i covers stream positions i*S to (i+1)*S, so consecutive windows share one token and
+every token but the first of the stream is the target of exactly one position. A batch is a pure function of (seed,
+step): nothing has to be saved to resume, and every process that asks for a step gets the same one. grain shuffles and
+batches through random access only. The paper's synthetic tasks are packed with attention kept inside each document
+(`separate_documents`); for pretraining it does not say, so both ways are here.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from absl import logging as absl_logging
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _is_not_jax_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load jax profiler")
+
+
+# grain tells users of other frameworks that jax is missing; only that message, only while it is imported
+absl_logging.get_absl_logger().addFilter(_is_not_jax_notice)
+try:
+    import grain
+finally:
+    absl_logging.get_absl_logger().removeFilter(_is_not_jax_notice)
+
+IGNORED_LABEL = -100
+MAX_PIECE = 2**17  # characters encoded at a time
+_PIECES_PER_CALL = 64
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCorpus:
+    """Documents as one flat token stream; each one is a begin token followed by the tokens of its text.
+
+    Attributes:
+        tokens: (number of tokens,) uint16, or uint32 where the vocabulary needs it.
+        offsets: (documents + 1,) int64; document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        characters: characters (Unicode code points) of all document texts.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    offsets: NDArray[np.int64]
+    characters: int
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that stand for text, i.e. all but the begin tokens.
+
+        Bits per character = (mean nats per text token / ln 2) * text_tokens / characters.
+        """
+        return len(self.tokens) - (len(self.offsets) - 1)
+
+
+def encode_documents(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str]) -> EncodedCorpus:
+    """Encode documents into one stream, each as the begin token and its text.
+
+    The begin token is the tokenizer's bos token, or its eos token where it has none. Special tokens that occur in the
+    text are encoded as the characters they are written with: data cannot end a document. A document longer than
+    MAX_PIECE characters is encoded in pieces, to bound memory; the pieces meet at line ends.
+
+    Raises:
+        ValueError: no documents, or the tokenizer has neither a bos nor an eos token.
+    """
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token: set one, it begins each document")
+    if not documents:
+        raise ValueError("corpus is empty: no documents to encode")
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    pieces = [(k == 0, piece) for document in documents for k, piece in enumerate(_pieces(document))]
+    parts: list[NDArray[np.unsignedinteger]] = []
+    for first in range(0, len(pieces), _PIECES_PER_CALL):
+        batch = pieces[first : first + _PIECES_PER_CALL]
+        for (begins_document, _), ids in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
+            parts.append(np.asarray([begin, *ids] if begins_document else ids, dtype=dtype))
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    begins = [end for end, (begins_document, _) in zip(ends, pieces, strict=False) if begins_document]
+    offsets = np.asarray([*begins, ends[-1]], dtype=np.int64)
+    return EncodedCorpus(np.concatenate(parts), offsets, sum(map(len, documents)))
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """The document in pieces of bounded length, cut after a line end where there is one; an empty one is one piece.
+
+    A tokenizer needs some 140 bytes of memory a character while it encodes a text.
+    """
+    first = 0
+    while len(document) - first > MAX_PIECE:
+        line_end = document.rfind("\n", first, first + MAX_PIECE)
+        last = line_end + 1 if line_end >= 0 else first + MAX_PIECE
+        yield document[first:last]
+        first = last
+    yield document[first:]
+
+
+class Windows:
+    """All windows of S positions over a corpus, by number: a random-access source for grain.
+
+    Item i is a dict of int64 arrays of shape (S,):
+        input_ids: stream positions i*S ... i*S + S - 1.
+        labels: ALREADY SHIFTED, stream positions i*S + 1 ... i*S + S; labels[k] is the target of input_ids[k].
+        position_ids: 0 ... S-1; with `separate_documents` they begin again at 0 with each document, from which
+            transformers builds a mask that keeps documents apart (when neither attention_mask nor cache is given).
+
+    Training windows (the default): a last partial window is dropped; the begin token that follows a document is a
+    target like any other, also under `separate_documents`: it is the end of that document, and only there does a model
+    learn to stop.
+    Validation windows (`keep_remainder`): the last window is padded with label -100, and so are the targets that
+    are begin tokens. Each text token is then a target exactly once and nothing else is, which makes bits per
+    character exact: summed nats / ln 2 / `corpus.characters`.
+
+    Args:
+        corpus: the stream to cut.
+        sequence_length: S, in tokens.
+        separate_documents: restart positions at each document.
+        keep_remainder: make validation windows.
+
+    Raises:
+        ValueError: S is below 1, or the corpus has fewer than S + 1 tokens (with `keep_remainder`: than 2).
+    """
+
+    def __init__(
+        self,
+        corpus: EncodedCorpus,
+        sequence_length: int,
+        *,
+        separate_documents: bool = False,
+        keep_remainder: bool = False,
+    ) -> None:
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length is {sequence_length}: give at least 1")
+        tokens = len(corpus.tokens)
+        if tokens < (2 if keep_remainder else sequence_length + 1):
+            raise ValueError(
+                f"corpus has {tokens} tokens, fewer than one sequence of {sequence_length + 1}: "
+                "use more text or a shorter sequence"
+            )
+        self.corpus = corpus
+        self.sequence_length = sequence_length
+        self.separate_documents = separate_documents
+        self.keep_remainder = keep_remainder
+        targets = tokens - 1
+        self._length = -(-targets // sequence_length) if keep_remainder else targets // sequence_length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"Windows({len(self)} windows of {self.sequence_length} tokens)"
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        """The window of that number, 0 ... len - 1; IndexError outside."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        size, offsets = self.sequence_length, self.corpus.offsets
+        first = index * size
+        positions = np.arange(first, first + size + 1)
+        # padding counts as the continuation of the last document: no query of a real position ever sees it
+        starts = offsets[np.searchsorted(offsets[:-1], positions, side="right") - 1]
+        chunk = np.full(size + 1, self.corpus.tokens[0], dtype=np.int64)
+        real = self.corpus.tokens[first : first + size + 1]
+        chunk[: len(real)] = real
+        labels = chunk[1:].copy()
+        if self.keep_remainder:
+            labels[len(real) - 1 :] = IGNORED_LABEL
+            labels[starts[1:] == positions[1:]] = IGNORED_LABEL
+        origins = np.maximum(starts, first) if self.separate_documents else first
+        return {"input_ids": chunk[:-1], "labels": labels, "position_ids": (positions - origins)[:-1]}
+
+
+class TrainingBatches:
+    """Endless shuffled batches by step number: `batches[step]` is a pure function of (seed, step).
+
+    The stream of samples goes through all windows in an order of its own in each epoch; a batch is the next
+    `batch_size` of them, so one batch may straddle two epochs and none is dropped.
+
+    Args:
+        windows: the windows to draw from.
+        batch_size: B, windows a batch.
+        seed: 0 ... 2**32 - 1.
+
+    Raises:
+        ValueError: batch_size below 1 or a seed out of range.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
+        _check_batch_size(batch_size)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}: give a number from 0 to 2**32 - 1")
+        self._batches = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of a step, counted from 0: input_ids, labels, position_ids, each (B, S) int64."""
+        if step < 0:
+            raise IndexError(f"step {step}: steps are counted from 0")
+        return _tensors(self._batches[step])
+
+
+def validation_batches(
+    windows: Windows, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """All windows in order, (B, S) int64 each; the last batch may be smaller.
+
+    Args:
+        windows: made with `keep_remainder=True` where every text token has to be counted.
+        batch_size: B, windows a batch.
+        limit: stop after this many batches; None goes through all of them.
+
+    Raises:
+        ValueError: batch_size below 1, or limit below 1.
+    """
+    _check_batch_size(batch_size)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: give 1 or more batches, or None for all")
+    batches = grain.MapDataset.source(windows).batch(batch_size, drop_remainder=False)
+    # indexed within its length: a MapDataset wraps around beyond it
+    return (_tensors(batches[i]) for i in range(min(len(batches), limit or len(batches))))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give at least 1")
+
+
+def _tensors(batch: dict[str, NDArray[np.int64]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,66 @@
+"""Files that are whole or absent: written under a temporary name beside their target, then renamed.
+
+A reader, a crash, a full disk or an exception never meets half a file; until the rename the old one stays.
+"""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 (newlines as given) to `path`, creating its parent folders.
+
+    Raises OSError where the folder cannot be made or written, UnicodeEncodeError for a lone surrogate;
+    in both cases whatever was at `path` is untouched and nothing is left beside it.
+    """
+    path = Path(path)
+    data = text.encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON to `path`, as `write_text` does.
+
+    JSON has no NaN or infinity: such floats become null (`plain`). Raises TypeError for what JSON
+    cannot hold.
+    """
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` with every NaN or infinite float in its lists and mappings replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

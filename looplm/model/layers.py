@@ -1,0 +1,165 @@
+"""The layers of the stack: RMSNorm, rotary positions, attention, SwiGLU and the sandwich block (Ouro section 4.1).
+
+Weight names and arithmetic are the released ones: four RMSNorms a layer, h = h + norm2(attn(norm1(h))) and
+h = h + norm4(mlp(norm3(h))), no biases, no QK norm, no loop embedding. A layer knows nothing of loops: where its keys
+and values go is decided by the `memory` callable that it is given (see `looplm.model.cache`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from looplm.model.configuration import OuroConfig
+
+Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: the dtype of everything that must not be rounded."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class OuroRMSNorm(nn.Module):
+    """RMSNorm with the variance in fp32 (fp64 for fp64), cast back *before* the weight is applied (as released)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., D), same dtype."""
+        wide = hidden.to(_wide(hidden.dtype))
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (wide * scale).to(hidden.dtype)
+
+
+class OuroRotaryEmbedding(nn.Module):
+    """cos and sin of the rotary positions, computed once a forward pass and reused by every loop.
+
+    The frequencies are no buffer: a model cast to bf16 would round them, and far positions with them.
+    """
+
+    def __init__(self, config: OuroConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(B, S) positions to cos and sin, each (B, 1, S, D_h) of `dtype`; theta^(-2i / D_h), i = 0..D_h/2 - 1."""
+        head_dim = self.config.head_dim or 0
+        exponent = torch.arange(0, head_dim, 2, dtype=_wide(dtype), device=positions.device) / head_dim
+        angles = positions[:, None, :, None].to(_wide(dtype)) * self.config.rope_theta**-exponent
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (B, H, S, D_h) by its positions, rotate-half convention."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention, the `eager` backend; returns (B, S, H, D_h) and the weights."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=_wide(query.dtype)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class OuroAttention(nn.Module):
+    """Causal attention with rotary positions; grouped-query where H_kv < H."""
+
+    is_causal = True
+
+    def __init__(self, config: OuroConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim or 0
+        self.num_key_value_groups = config.num_attention_heads // (config.num_key_value_heads or 1)
+        self.scaling = self.head_dim**-0.5
+        width, queries = config.hidden_size, config.num_attention_heads * self.head_dim
+        keys = (config.num_key_value_heads or 0) * self.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Memory | None
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        shape = (*hidden.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            project(hidden).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if memory is not None:
+            key, value = memory(key, value)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
+
+
+class OuroMLP(nn.Module):
+    """SwiGLU: down(act(gate(h)) * up(h))."""
+
+    def __init__(self, config: OuroConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class OuroDecoderLayer(nn.Module):
+    """One block of the stack; `sandwich_norm=False` leaves out the norms after attention and MLP."""
+
+    def __init__(self, config: OuroConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = OuroAttention(config)
+        self.mlp = OuroMLP(config)
+        self.input_layernorm = OuroRMSNorm(width, eps)
+        self.post_attention_layernorm = OuroRMSNorm(width, eps)
+        self.sandwich = config.sandwich_norm
+        if self.sandwich:
+            self.input_layernorm_2 = OuroRMSNorm(width, eps)
+            self.post_attention_layernorm_2 = OuroRMSNorm(width, eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D); `mask` as the attention backend wants it."""
+        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory)
+        hidden = hidden + (self.input_layernorm_2(mixed) if self.sandwich else mixed)
+        mixed = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + (self.post_attention_layernorm_2(mixed) if self.sandwich else mixed)

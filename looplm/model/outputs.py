@@ -1,0 +1,54 @@
+"""What the looped model returns: transformers' outputs with depth added."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from looplm.model.cache import LoopCache
+
+
+@dataclass
+class OuroModelOutput(ModelOutput):
+    """Output of the stack.
+
+    Attributes:
+        last_hidden_state: (B, S, D), the state after the last loop.
+        past_key_values: the cache, where one is used.
+        loop_states: T tensors (B, S, D): the normed state after every loop, what head and gate read.
+        gate_logits: (B, S, T) fp32; None where a pooled gate cannot be computed (cached decoding).
+        hidden_states: with `output_hidden_states`, the core's input followed by `loop_states`.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: LoopCache | None = None
+    loop_states: tuple[Tensor, ...] | None = None
+    gate_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class OuroCausalLMOutput(ModelOutput):
+    """Output of the language model.
+
+    Attributes:
+        loss: scalar, the Stage I objective (equation 4), where labels are given.
+        logits: (B, S kept, V) of the exit rule in force; None while training with labels (see `skip_logits`).
+        past_key_values: the cache, where one is used.
+        loop_losses: (T,) mean cross entropy of each loop in nats, where labels are given.
+        exit_probabilities: (B, S, T) fp32, equation 3.
+        gate_logits: (B, S, T) fp32.
+        exit_depths: (B, S kept) int64, the loop that `logits` were read at; None for weighted exits.
+        expected_depth: scalar, mean of sum_t t p_t over the valid positions, in loops.
+        hidden_states: with `output_hidden_states`, the core's input and the state after every loop.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: LoopCache | None = None
+    loop_losses: Tensor | None = None
+    exit_probabilities: Tensor | None = None
+    gate_logits: Tensor | None = None
+    exit_depths: Tensor | None = None
+    expected_depth: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None

@@ -1,0 +1,1 @@
+"""Training objectives of looped language models; each module implements one."""

@@ -1,0 +1,189 @@
+"""Charts as SVG text: loss by loop and exit distribution over training tokens, depths as bars.
+
+Colours come from the page: the classes d1, d2, ... give `--fill` and `--line` (looplm.display's ramp), so one
+drawing serves light and dark pages. Each chart has a title and a description for those who cannot see it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from looplm.training.tracking import short
+
+_POINTS = 300
+"""The most points a line is drawn with."""
+
+_X, _Y = (46.0, 372.0), (246.0, 12.0)
+"""Where a chart of 440 x 290 draws its data; loop labels stand to the right of it."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A linear map from data (`low`..`high`) to pixels (`start`..`end`)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def loss_chart(history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """Training loss of every loop as a line over tokens, validation losses as circles; "" without data.
+
+    Args:
+        history, evaluations: rows with `tokens` and `loop_losses` (T numbers, nats per token).
+    """
+    curves, points = series(history, "loop_losses"), series(evaluations, "loop_losses")
+    if not curves and not points:
+        return ""
+    # The first steps fall from ln(vocabulary) and would flatten everything that follows.
+    settled = (*curves[len(curves) // 10 :], *points[1 if len(points) > 2 and curves else 0 :])
+    losses = [loss for row in settled for loss in row[1:]]
+    pad = max((max(losses) - min(losses)) * 0.05, 1e-3)
+    x = _Scale(0, max(row[0] for row in (*curves, *points)) or 1, *_X)
+    y = _Scale(min(losses) - pad, max(losses) + pad, *_Y)
+    last = (curves or points)[-1]
+    marks = [*_curves(curves, x, y), *_points(points, x, y)]
+    text = f"Loss by loop from 0 to {short(x.high)} tokens; it ends at " + ", ".join(
+        f"{loss:.3f} for loop {loop}" for loop, loss in enumerate(last[1:], start=1)
+    )
+    frame = f'<clipPath id="frame"><path d="M{_X[0]:g} {_Y[1] - 4:g}H440V{_Y[0]:g}H{_X[0]:g}z"/></clipPath>'
+    clipped = [frame, '<g clip-path="url(#frame)">', *marks, "</g>"]
+    labels = _labels([(loop, y(loss)) for loop, loss in enumerate(last[1:], start=1)])
+    return _svg("Loss of every loop over training", text, (440, 290), [*_axes(x, y), *clipped, *labels])
+
+
+def exit_chart(history: Iterable[Mapping[str, Any]]) -> str:
+    """The exit distribution over tokens as stacked bands, loop 1 at the bottom; "" without data.
+
+    Args:
+        history: rows with `tokens` and `exit_probabilities` (T numbers that add up to 1).
+    """
+    rows = series(history, "exit_probabilities")
+    if not rows:
+        return ""
+    x, y = _Scale(rows[0][0], max(rows[-1][0], rows[0][0] + 1), *_X), _Scale(0, 1, *_Y)
+    bands, ends = [], []
+    for loop in range(1, len(rows[0])):
+        below = [(x(row[0]), y(min(sum(row[1:loop]), 1))) for row in rows]
+        above = [(x(row[0]), y(min(sum(row[1 : loop + 1]), 1))) for row in rows]
+        outline = "L".join(f"{a:.1f} {b:.1f}" for a, b in [*above, *reversed(below)])
+        bands.append(f'<path class="band d{loop}" d="M{outline}z"><title>exit after loop {loop}</title></path>')
+        ends.append((loop, (below[-1][1] + above[-1][1]) / 2))
+    text = "Share of tokens that exit after each loop; at the end " + ", ".join(
+        f"{share:.0%} after loop {loop}" for loop, share in enumerate(rows[-1][1:], start=1)
+    )
+    marks = [*_axes(x, y, percent=True), *bands, *_labels(ends)]
+    return _svg("Exit distribution over training", text, (440, 290), marks)
+
+
+def depth_chart(counts: Mapping[int, int], deepest: int) -> str:
+    """How many tokens were read at each depth 1..`deepest`, as bars labelled in percent of all of them."""
+    total = sum(counts.values())
+    width, shares = max(200, 26 * deepest), [counts.get(loop, 0) / total for loop in range(1, deepest + 1)]
+    x, y = _Scale(0, deepest, 0, width), _Scale(0, max(shares), 118, 20)
+    marks = []
+    for loop, share in enumerate(shares, start=1):
+        left, middle, right, top = x(loop - 0.9), x(loop - 0.5), x(loop - 0.1), y(share)
+        bar = f"M{left:.1f} 118V{top:.1f}H{right:.1f}V118z"
+        marks.append(f'<path class="bar d{loop}" d="{bar}"/>')
+        marks.append(f'<text class="value" x="{middle:.1f}" y="{top - 6:.1f}">{share * 100:.0f}</text>')
+        marks.append(f'<text class="tick" x="{middle:.1f}" y="136">{loop}</text>')
+    marks.append(f'<path class="axis" d="M0 118H{width}"/>')
+    text = ", ".join(f"{share:.1%} at depth {loop}" for loop, share in enumerate(shares, start=1))
+    return _svg("Depth of the generated tokens", text, (width, 144), marks)
+
+
+def _curves(rows: Sequence[Sequence[float]], x: _Scale, y: _Scale) -> list[str]:
+    return [
+        f'<path class="curve d{loop}" d="{_line((x(row[0]), y(row[loop])) for row in rows)}"/>'
+        for loop in range(1, len(rows[0]) if rows else 0)
+    ]
+
+
+def _points(rows: Sequence[Sequence[float]], x: _Scale, y: _Scale) -> list[str]:
+    return [
+        f'<circle class="point d{loop}" cx="{x(row[0]):.1f}" cy="{y(loss):.1f}" r="3">'
+        f"<title>loop {loop} after {short(row[0])} tokens: {loss:.3f}</title></circle>"
+        for row in rows
+        for loop, loss in enumerate(row[1:], start=1)
+    ]
+
+
+def _svg(title: str, description: str, size: tuple[int, int], body: Iterable[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(f"{title}. {description}")}">'
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+        f"{''.join(body)}</svg>"
+    )
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, about `count` of them."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.7)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def thin(rows: Sequence[Sequence[float | None]], most: int = _POINTS) -> list[list[float]]:
+    """At most `most` rows: column means of equal runs of neighbours. Rows with a missing number are skipped."""
+    whole = [[float(v) for v in row if v is not None] for row in rows if None not in row]
+    size = max(math.ceil(len(whole) / most), 1)
+    runs = (whole[i : i + size] for i in range(0, len(whole), size))
+    return [[sum(column) / len(column) for column in zip(*run, strict=True)] for run in runs]
+
+
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> list[list[float]]:
+    """(tokens, value of loop 1, ..., of loop T), thinned; rows of another T than the last one's are skipped."""
+    table = [[row.get("tokens"), *(row.get(name) or [])] for row in rows]
+    table = [row for row in table if len(row) > 1]
+    return thin([row for row in table if len(row) == len(table[-1])])
+
+
+def _axes(x: _Scale, y: _Scale, percent: bool = False) -> list[str]:
+    marks = []
+    levels = ticks(y.low, y.high)
+    digits = max(len(f"{value:g}".partition(".")[2]) for value in levels)
+    for value in levels:
+        label = f"{value:.0%}" if percent else f"{value:.{digits}f}"
+        marks.append(f'<path class="grid" d="M{x.start:g} {y(value):.1f}H{x.end:g}"/>')
+        marks.append(f'<text x="{x.start - 8:g}" y="{y(value) + 4.5:.1f}" text-anchor="end">{label}</text>')
+    for value in ticks(x.low, x.high, 4):
+        label = short(value) if value else "0"
+        marks.append(f'<text x="{x(value):.1f}" y="{y.start + 20:g}" text-anchor="middle">{label}</text>')
+    marks.append(f'<path class="axis" d="M{x.start:g} {y.start:g}H{x.end:g}"/>')
+    middle = (x.start + x.end) / 2
+    return [*marks, f'<text x="{middle:g}" y="{y.start + 40:g}" text-anchor="middle">training tokens</text>']
+
+
+def _labels(ends: Sequence[tuple[int, float]], gap: float = 16.0) -> list[str]:
+    """ "loop n" to the right of the chart, level with where each series ends but `gap` apart."""
+    ordered = sorted(ends, key=lambda end: end[1])
+    places = spread([place for _, place in ordered], gap, _Y[1], _Y[0])
+    return [
+        f'<g class="d{loop}"><path class="leader" d="M{_X[1] + 2:g} {end:.1f}L{_X[1] + 13:g} {place:.1f}"/>'
+        f'<text class="label" x="{_X[1] + 17:g}" y="{place + 4.5:.1f}">loop {loop}</text></g>'
+        for (loop, end), place in zip(ordered, places, strict=True)
+    ]
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending `places` moved down, then up from `high`, until each is `gap` from the next."""
+    apart: list[float] = []
+    for place in places:
+        apart.append(max(place, apart[-1] + gap if apart else low))
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], apart[i + 1] - gap if i + 1 < len(apart) else high)
+    return apart
+
+
+def _line(points: Iterable[tuple[float, float]]) -> str:
+    """Path data through the points; a lone one gets a zero-length stroke, drawn as a dot."""
+    data = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return f"M{data}" if "L" in data else f"M{data}h0"

@@ -1,0 +1,136 @@
+"""The depth-exact contract, written as slowly and plainly as it reads: one position, one loop, one layer at a time.
+
+A position that left after loop e offers K_min(t, e) to later positions in loop t (policy `per_loop`). No cache, no
+batch, no mask, no attention backend: nothing of the package but its weights and norms is used.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from looplm.model.layers import OuroDecoderLayer
+from looplm.model.modeling import OuroForCausalLM
+
+
+@dataclass
+class Look:
+    """What a rule may look at after a loop: everything that this position has computed so far."""
+
+    position: int
+    loop: int
+    gates: list[float]
+    states: list[Tensor]
+    read: Callable[[Tensor], Tensor]
+
+    @property
+    def hazards(self) -> list[float]:
+        return [1 / (1 + math.exp(-gate)) for gate in self.gates]
+
+
+Stop = Callable[[Look], bool]
+
+
+@dataclass
+class Sweep:
+    """One sequence, position by position. `logits` and `depths` are of each position's exit."""
+
+    model: OuroForCausalLM
+    stop: Stop
+    max_loops: int
+    logits: list[Tensor] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    gates: list[list[float]] = field(default_factory=list)
+    memory: dict[tuple[OuroDecoderLayer, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def extend(self, token: int) -> None:
+        """Run the next position until its rule stops it."""
+        core, position = self.model.model, len(self.depths)
+        start = core.embed_tokens.weight[token]
+        for layer in getattr(core, "prelude", []):
+            start = self.layer(layer, start, position, 1)
+        state, states, gates = start, [], []
+        for loop in range(1, self.max_loops + 1):
+            if loop > 1 and core.config.input_injection == "add":
+                state = state + start
+            for layer in core.layers:
+                state = self.layer(layer, state, position, loop)
+            state = core.norm(state)
+            states.append(state)
+            gates.append(float(core.early_exit_gate(state)))
+            if loop == self.max_loops or self.stop(Look(position, loop, gates, states, self.log_probabilities)):
+                break
+        self.logits.append(self.model.lm_head(self.read(state, position)))
+        self.depths.append(len(states))
+        self.gates.append(gates)
+
+    def log_probabilities(self, state: Tensor) -> Tensor:
+        return self.model.lm_head(self.read(state, len(self.depths))).log_softmax(-1)
+
+    def read(self, state: Tensor, position: int) -> Tensor:
+        """What the head reads; the coda keeps the keys of the last state that it was given, the exit's."""
+        if hasattr(self.model.model, "coda"):
+            for layer in self.model.model.coda:
+                state = self.layer(layer, state, position, 1)
+            state = self.model.model.coda_norm(state)
+        return state
+
+    def layer(self, layer: OuroDecoderLayer, state: Tensor, position: int, loop: int) -> Tensor:
+        mixed = self.attention(layer, layer.input_layernorm(state), position, loop)
+        state = state + (layer.input_layernorm_2(mixed) if layer.sandwich else mixed)
+        mixed = layer.mlp(layer.post_attention_layernorm(state))
+        return state + (layer.post_attention_layernorm_2(mixed) if layer.sandwich else mixed)
+
+    def attention(self, layer: OuroDecoderLayer, x: Tensor, position: int, loop: int) -> Tensor:
+        config, attention = self.model.config, layer.self_attn
+        query = self.turn(attention.q_proj(x).view(-1, config.head_dim), position)
+        key = self.turn(attention.k_proj(x).view(-1, config.head_dim), position)
+        self.memory[layer, loop, position] = key, attention.v_proj(x).view(-1, config.head_dim)
+        looped = layer in list(self.model.model.layers)
+        seen = [self.memory[layer, min(loop, e) if looped else 1, j] for j, e in enumerate(self.depths)]
+        seen.append(self.memory[layer, loop, position])
+        heads = []
+        for head in range(config.num_attention_heads):
+            group = head * config.num_key_value_heads // config.num_attention_heads
+            scores = torch.stack([query[head] @ k[group] for k, _ in seen]) / math.sqrt(config.head_dim)
+            heads.append(scores.softmax(0) @ torch.stack([v[group] for _, v in seen]))
+        return attention.o_proj(torch.cat(heads))
+
+    def turn(self, x: Tensor, position: int) -> Tensor:
+        """Rotate-half rotary positions of (H, D_h)."""
+        half = self.model.config.head_dim // 2
+        angle = position * torch.tensor(
+            [self.model.config.rope_theta ** (-i / half) for i in range(half)], dtype=x.dtype
+        )
+        first, second = x[:, :half], x[:, half:]
+        return torch.cat(
+            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=1
+        )
+
+
+@torch.no_grad()
+def sweep(model: OuroForCausalLM, ids: list[int], stop: Stop, max_loops: int) -> Sweep:
+    """Run a whole sequence."""
+    result = Sweep(model, stop, max_loops)
+    for token in ids:
+        result.extend(token)
+    return result
+
+
+def slow_generate(
+    model: OuroForCausalLM, prompt: list[int], steps: int, stop: Stop, max_loops: int
+) -> tuple[list[int], Tensor, list[int]]:
+    """Greedy decoding that recomputes everything for every token; the prompt runs at full depth.
+
+    Returns:
+        The new tokens, their logits (steps, V), and the depth that each was read at.
+    """
+    ids, logits, depths = list(prompt), [], []
+    for _ in range(steps):
+        done = sweep(model, ids, lambda look: look.position >= len(prompt) and stop(look), max_loops)
+        logits.append(done.logits[-1])
+        depths.append(done.depths[-1])
+        ids.append(int(done.logits[-1].argmax()))
+    return ids[len(prompt) :], torch.stack(logits), depths
