@@ -49,7 +49,7 @@ def train(
     page = save_report(settings.output, report)
     console = Console()
     console.print(loop_table(report))
-    console.print(f"model   {settings.output}/model\nreport  {page}", highlight=False)
+    console.print(f"model   {settings.output}/model\nreport  {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -66,7 +66,7 @@ def generate(
     json: Annotated[bool, arg(help="print tokens and depths as JSON")] = False,
 ) -> None:
     """Continue a prompt and show the depth of every token."""
-    _check_generate(exit_threshold, loops, max_new_tokens, temperature, top_p)
+    _check_generate(exit_threshold, loops, max_new_tokens, temperature, top_p, seed)
     from looplm.exits import QExit
     from looplm.model.loading import load_model
     from looplm.model.text import continue_text
@@ -87,7 +87,7 @@ def generate(
 
 
 def _check_generate(
-    exit_threshold: float | None, loops: int | None, max_new_tokens: int, temperature: float, top_p: float
+    exit_threshold: float | None, loops: int | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> None:
     if exit_threshold is not None and loops is not None:
         raise ValueError("--exit-threshold and --loops exclude each other: early exit or a fixed depth")
@@ -97,16 +97,19 @@ def _check_generate(
         raise ValueError(f"--loops is {loops}; it must be at least 1")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"--temperature is {temperature}; it must be 0 (greedy) or more")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise ValueError(f"--temperature is {temperature}; it must be 0 (greedy) or lie in [0.01, 100]")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p is {top_p}; it must lie in (0, 1]")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}; it must lie in 0..{2**32 - 1}")
 
 
 def _show(prompt: str, tokens: list[tuple[str, int]], mean_depth: float, loops: int, as_json: bool) -> None:
     import json as json_module
 
     from rich.console import Console
+    from rich.text import Text
 
     from looplm.display import depth_legend, depth_plain, depth_text
 
@@ -119,7 +122,7 @@ def _show(prompt: str, tokens: list[tuple[str, int]], mean_depth: float, loops: 
         print(prompt + depth_plain(tokens))
     else:
         console.print(depth_legend(loops))
-        console.print(f"{prompt}", depth_text(tokens, loops), sep="", markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(prompt), depth_text(tokens, loops), sep="", soft_wrap=True)
     console.print(f"{mean_depth:.2f} loops a token", highlight=False)
 
 
@@ -129,15 +132,23 @@ def _command() -> str:
 
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate}
 
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-"""Defaults that keep other libraries' chatter out of our output; set the variables to see it."""
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "OMP_WAIT_POLICY": "passive",
+}
+"""Defaults set before any library loads: no chatter of others in our output, and threads that sleep while they wait.
+
+Spinning threads are ruinous where another process wants a core: a training step took 14 s instead of 0.5 s.
+"""
 
 
 def main() -> None:
     """Entry point of the `looplm` command."""
     try:
         run = tyro.extras.subcommand_cli_from_dict
-        for name, value in QUIET.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         run(COMMANDS, prog="looplm", description="The toolkit for looped language models.")
     except (ValueError, OSError) as error:

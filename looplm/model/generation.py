@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
 from looplm.exits import ExitRule, QExit
@@ -21,6 +22,8 @@ from looplm.model.configuration import OuroConfig
 
 if TYPE_CHECKING:
     from looplm.model.context import PassContext
+
+_ONE_TOKEN_A_PASS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,24 @@ class DepthSession:
     options: DepthOptions
     prompt_end: int
     eos_token_id: int | list[int] | None = None
+    one_token_a_pass: bool = True
     depths: list[Tensor] = field(default_factory=list)
 
     def leaves_early(self, context: PassContext) -> bool:
         """Whether this pass is a new token behind the prompt (a prompt's last chunk may be one token long too)."""
         return self.options.rule is not None and context.past_length >= self.prompt_end
+
+    def recorded(self, new: Tensor) -> Tensor:
+        """Depths of the new tokens (B, N), 0 where a row had already ended."""
+        depths = torch.cat(self.depths, dim=1).to(new.device)[:, : new.shape[1]]  # transformers may run on past the end
+        if not self.one_token_a_pass:  # beams and drafts: full depth, the same for every token
+            depths = torch.full_like(new, int(depths.max()))
+        if self.eos_token_id is None:
+            return depths
+        ends = torch.as_tensor(self.eos_token_id, device=new.device)
+        ended = torch.isin(new, ends).cumsum(1).roll(1, dims=1)
+        ended[:, 0] = 0
+        return depths.masked_fill(ended > 0, 0)
 
 
 class DepthGenerationMixin(GenerationMixin):
@@ -92,12 +108,19 @@ class DepthGenerationMixin(GenerationMixin):
         full = max_loops if max_loops is not None else num_loop_steps
         full = self.config.total_ut_steps if full is None else full
         rule = self._rule(adaptive_loop, exit_threshold, exit_rule)
-        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        session = DepthSession(DepthOptions(rule, min_loops, full), 0 if prompt is None else prompt.shape[1])
-        self._refuse(session, prompt, {"num_beams": getattr(generation_config, "num_beams", None), **kwargs})
+        if rule is not None and (kwargs.get("exit_at_step") is not None or kwargs.get("use_weighted_exit")):
+            raise ValueError("exit_at_step and use_weighted_exit run all loops; pass adaptive_loop=False with them")
+        kwargs.pop("depth", None)  # assisted generation hands the main model's arguments to the assistant
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        prompt = kwargs.get("inputs_embeds") if ids is None else ids
+        if prompt is not None and prompt.shape[1] == 0:
+            raise ValueError("the prompt is empty; give at least one token (the bos token, for instance)")
+        start = 1 if prompt is None else prompt.shape[1]  # without a prompt there is the bos token
+        session = DepthSession(DepthOptions(rule, min_loops, full), start)
         result = super().generate(inputs, generation_config, depth=session, **kwargs)  # type: ignore[misc]
         if not isinstance(result, Tensor) and session.depths:
-            result["exit_depths"] = self._recorded(session, result.sequences)
+            from_embeddings = ids is None and prompt is not None  # then the sequences are the new tokens alone
+            result["exit_depths"] = session.recorded(result.sequences[:, 0 if from_embeddings else start :])
         return result
 
     def _rule(self, adaptive: bool | None, threshold: float | Tensor | None, rule: ExitRule | None) -> ExitRule | None:
@@ -116,30 +139,13 @@ class DepthGenerationMixin(GenerationMixin):
             raise ValueError("exit_gate_pooling is 'causal_mean': adaptive decoding needs 'token'; use num_loop_steps")
         return asked
 
-    def _refuse(self, session: DepthSession, prompt: Tensor | None, kwargs: dict[str, Any]) -> None:
-        if prompt is not None and prompt.shape[1] == 0:
-            raise ValueError("the prompt is empty; give at least one token (the bos token, for instance)")
-        single = (kwargs.get("num_beams") or 1) == 1 and kwargs.get("assistant_model") is None
-        if session.options.rule is not None and not single:
-            raise ValueError("beam search and assisted generation run at full depth; use adaptive_loop=False")
-
-    def _recorded(self, session: DepthSession, sequences: Tensor) -> Tensor:
-        """Depths of the new tokens (B, N), 0 where a row had already ended."""
-        depths = torch.cat(session.depths, dim=1).to(sequences.device)
-        new = sequences[:, -depths.shape[1] :]
-        if session.eos_token_id is None:
-            return depths
-        ends = torch.as_tensor(session.eos_token_id, device=sequences.device)
-        ended = torch.isin(new, ends).cumsum(1).roll(1, dims=1)
-        ended[:, 0] = 0
-        return depths.masked_fill(ended > 0, 0)
-
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         session = model_kwargs.get("depth")
-        if session is not None and outputs["exit_depths"] is not None:
-            session.depths.append(outputs["exit_depths"][:, -1:])
+        depths = getattr(outputs, "exit_depths", None)
+        if session is not None and depths is not None:
+            session.depths.append(depths[:, -1:])
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -149,12 +155,16 @@ class DepthGenerationMixin(GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind!r}; a looped model needs its own LoopCache: leave it out")
-        model_kwargs["depth"].eos_token_id = generation_config.eos_token_id
+        session: DepthSession = model_kwargs["depth"]
+        session.eos_token_id = generation_config.eos_token_id
+        session.one_token_a_pass = mode in _ONE_TOKEN_A_PASS
+        if session.options.rule is not None and not session.one_token_a_pass:
+            raise ValueError("beam search and assisted generation run at full depth; use adaptive_loop=False")
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = LoopCache(self.config)
-            cache.plan(model_kwargs["depth"].options.max_loops, max_cache_length)
-        elif cache is None and model_kwargs["depth"].options.rule is not None:
+            cache.plan(session.options.max_loops, max_cache_length)
+        elif cache is None and session.options.rule is not None:
             raise ValueError("use_cache is False: early exit needs the cache; use adaptive_loop=False")
         elif cache is not None and not isinstance(cache, LoopCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; a looped model needs a LoopCache")

@@ -110,6 +110,8 @@ class OuroModel(OuroPreTrainedModel):
             The state after each loop, T tensors (B, S, D), and the gate logits (B, S, T): None where a pooled gate
             has no states to average, because earlier positions are in the cache only.
         """
+        if context.cache is not None and self.training and torch.is_grad_enabled():
+            raise ValueError("use_cache is True in training, but a cache carries no gradients: pass use_cache=False")
         state, states, gates = self.begin(context, embedded), [], []
         for loop in range(1, num_loops + 1):
             if self.gradient_checkpointing and self.training:
@@ -242,7 +244,7 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
             self._add_loss(output, states, targets, context, exit_beta, num_items_in_batch)
             skip_logits = self.training if skip_logits is None else skip_logits
         if not skip_logits:
-            if depth is not None:  # prompts, and full depth
+            if depth is not None and not use_weighted_exit:  # prompts, and full depth
                 exit_threshold = 1.0
             asked = exit_rule is not None or exit_at_step is not None or exit_threshold is not None
             weighted = use_weighted_exit and not asked
@@ -253,7 +255,7 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
         if output_hidden_states:
             output.hidden_states = (context.core_input, *states)
         context.advance()
-        return output
+        return OuroCausalLMOutput(**output)  # in the order of its fields: [0] is the loss, or else the logits
 
     def _add_loss(
         self,

@@ -73,13 +73,13 @@ def continue_text(
 def decode_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], depths: list[int]) -> list[tuple[str, int]]:
     """Text and depth of each token; special tokens and ended positions (depth 0) are left out.
 
-    A character that several byte-level tokens make up is shown with the last of them.
+    A character that several byte-level tokens make up is shown with the last of them (as � where the text ends in it).
     """
     kept = [(i, d) for i, d in zip(ids, depths, strict=True) if d > 0 and i not in tokenizer.all_special_ids]
     pieces, shown = [], ""
     for count in range(1, len(kept) + 1):
         text = str(tokenizer.decode([i for i, _ in kept[:count]]))
-        whole = text.removesuffix("�")
+        whole = text if count == len(kept) else text.removesuffix("�")
         pieces.append((whole[len(shown) :], kept[count - 1][1]))
         shown = whole
     return pieces

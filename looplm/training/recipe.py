@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -72,7 +74,7 @@ class ModelSettings(Section):
     """RoPE base (Table 1 starts at 10K)."""
     max_position_embeddings: PositiveInt = 2048
     initializer_range: Positive = 0.02
-    gate_bias: float = -1.1
+    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -1.1
     """The gate's first bias; -1.1 gives hazards of 0.25, an exit distribution near uniform over 4 loops."""
 
 
@@ -94,14 +96,14 @@ class TrainingSettings(Section):
     """The last part of the run, over which the learning rate falls linearly."""
     final_learning_rate: Fraction = 0.05
     """Where it ends, as a fraction of the peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NotNegative = 0.1
     """Of matrices; embeddings, norms and the gate are not decayed."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Positive = 1.0
     """Largest gradient norm."""
-    exit_beta: Annotated[float, Field(ge=0)] = 0.05
+    exit_beta: NotNegative = 0.05
     """beta of equation 4 in the last part of the run."""
-    exit_beta_start: Annotated[float, Field(ge=0)] | None = None
+    exit_beta_start: NotNegative | None = None
     """beta while the model is young; a short run needs a large one, or the gate settles on shallow loops."""
     exit_beta_hold: Fraction = 0.6
     """The part of the run that keeps `exit_beta_start`."""
@@ -130,7 +132,7 @@ class TrainingSettings(Section):
 class Recipe(Section):
     """A whole run."""
 
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     """Folder for the model, metrics.jsonl, recipe.yaml, report.json and report.html."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSettings
@@ -177,8 +179,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    places = [str(part) for part in fault["loc"] if not str(part).startswith(("constrained-", "literal["))]
+    """The first fault in words; a mistyped key comes before the missing one that it was meant to be."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault, places = faults[0], _places(faults[0])
     key = ".".join(places) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = list(_section(places[:-1]).model_fields)
@@ -187,7 +190,13 @@ def _first_fault(error: ValidationError) -> str:
         return f"unknown key {key!r}; {hint}"
     if fault["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+    reasons = [other["msg"].removeprefix("Value error, ") for other in faults if _places(other) == places]
+    return f"{key} is {fault['input']!r}: {', or '.join(dict.fromkeys(reasons))}"
+
+
+def _places(fault: ErrorDetails) -> list[str]:
+    """Where a fault is, without the alternative of a union that it is about."""
+    return [str(part) for part in fault["loc"] if not str(part).startswith(("constrained-", "literal[", "float"))]
 
 
 def _section(places: list[str]) -> type[BaseModel]:

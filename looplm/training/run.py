@@ -95,7 +95,6 @@ def train(recipe: Recipe) -> tuple[OuroForCausalLM, PreparedData, TrainingResult
     validation = Windows(data.validation, size, separate_documents=settings.separate_documents, keep_remainder=True)
     model = build_model(recipe, data.tokenizer)
     folder = Path(recipe.output)
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
 
     def save() -> None:
         def write(path: Path) -> None:
@@ -107,6 +106,7 @@ def train(recipe: Recipe) -> tuple[OuroForCausalLM, PreparedData, TrainingResult
 
     batches = TrainingBatches(windows, recipe.training.batch_size, recipe.seed)
     trainer = Trainer(model, batches, validation, data.validation.characters, recipe.training, folder, save)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     return model, data, trainer.run()
 
 

@@ -26,6 +26,9 @@ from looplm.training.tracking import MetricsLog, Progress
 LOG_EVERY = 10
 """Steps between records of metrics.jsonl."""
 
+REMEDY = "lower training.learning_rate or raise training.warmup_steps"
+"""What helps against divergence."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -52,6 +55,9 @@ class Trainer:
         settings: the recipe's training section.
         folder: where metrics.jsonl goes.
         save: writes the model folder; called at every evaluation.
+
+    Raises:
+        ValueError: compile is `on`, but no compiler works.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Trainer:
         self.characters, self.settings, self.folder, self.save = characters, settings, folder, save
         self.optimizer = build_optimizer(model, settings)
         self.autocast = choose_autocast(settings.autocast, model.device, model.config.hidden_size)
+        self.not_compiled = compile_layers(model, settings.compile)
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.tokens = 0
@@ -76,14 +83,13 @@ class Trainer:
         """Train until the budget is spent, then evaluate on the whole validation text.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; names the step.
+            FloatingPointError: a loss or the gradient is not finite; names the step.
         """
         settings, step, evaluated = self.settings, 0, 0
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         with Progress(1.0, "training") as bar, MetricsLog(self.folder / "metrics.jsonl") as log:
-            fault = compile_layers(self.model, settings.compile)
-            if fault is not None:
-                bar.note(f"layers are not compiled: {fault}")
+            if self.not_compiled is not None:
+                bar.note(f"layers are not compiled: {self.not_compiled}")
             budget = Budget(settings.steps, settings.minutes)
             while (progress := budget.progress(step)) < 1:
                 record = self.step(step, progress)
@@ -93,12 +99,11 @@ class Trainer:
                     self.history.append(record)
                     log.write(record)
                 step += 1
-                if budget.progress(step) >= (evaluated + 1) / settings.evaluations and budget.progress(step) < 1:
-                    evaluated += 1
-                    self._evaluate(step, bar, log)
-        self.save()
-        final = self.evaluate(None)
-        self.evaluations.append({"step": step, "tokens": self.tokens, "loop_losses": final.losses})
+                due = math.floor(budget.progress(step) * settings.evaluations)
+                if evaluated < due < settings.evaluations:
+                    evaluated = due
+                    self._evaluate(step, settings.evaluation_windows, bar, log)
+            final = self._evaluate(step, None, bar, log)
         return TrainingResult(
             self.history,
             self.evaluations,
@@ -106,7 +111,7 @@ class Trainer:
             step,
             self.tokens,
             budget.elapsed_minutes,
-            fault is None,
+            self.not_compiled is None,
             "bfloat16" if self.autocast else None,
         )
 
@@ -122,10 +127,7 @@ class Trainer:
         loss, loop_losses, probabilities = self._gradients(step, beta)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; "
-                "lower training.learning_rate or raise training.warmup_steps"
-            )
+            raise FloatingPointError(f"step {step}: the loss is {loss} and the gradient norm {norm}; {REMEDY}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -172,14 +174,18 @@ class Trainer:
                 self.model, self.validation, loops, self.settings.batch_size, self.characters, windows
             )
 
-    def _evaluate(self, step: int, bar: Progress, log: MetricsLog) -> None:
-        result = self.evaluate(self.settings.evaluation_windows)
+    def _evaluate(self, step: int, windows: int | None, bar: Progress, log: MetricsLog) -> LoopEvaluation:
+        """Evaluate, write it down and save the model; a diverged model does not replace the saved one."""
+        result = self.evaluate(windows)
+        if not all(map(math.isfinite, result.losses[: self.model.config.total_ut_steps])):
+            raise FloatingPointError(f"step {step}: the validation loss by loop is {result.losses}; {REMEDY}")
         record = {"step": step, "tokens": self.tokens, "loop_losses": result.losses}
         self.evaluations.append(record)
         log.write({"evaluation": record})
         by_loop = "  ".join(f"{loss:.3f}" for loss in result.losses)
         bar.note(f"step {step}: validation loss by loop  {by_loop}")
         self.save()
+        return result
 
 
 def build_optimizer(model: OuroForCausalLM, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -196,10 +202,14 @@ def build_optimizer(model: OuroForCausalLM, settings: TrainingSettings) -> torch
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder under a temporary name and put it in the place of the old one when it is whole."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

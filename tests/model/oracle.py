@@ -91,12 +91,10 @@ class Sweep:
         looped = layer in list(self.model.model.layers)
         seen = [self.memory[layer, min(loop, e) if looped else 1, j] for j, e in enumerate(self.depths)]
         seen.append(self.memory[layer, loop, position])
-        heads = []
-        for head in range(config.num_attention_heads):
-            group = head * config.num_key_value_heads // config.num_attention_heads
-            scores = torch.stack([query[head] @ k[group] for k, _ in seen]) / math.sqrt(config.head_dim)
-            heads.append(scores.softmax(0) @ torch.stack([v[group] for _, v in seen]))
-        return attention.o_proj(torch.cat(heads))
+        group = config.num_attention_heads // config.num_key_value_heads
+        keys, values = (torch.stack(x).repeat_interleave(group, dim=1) for x in zip(*seen, strict=True))
+        weights = ((query * keys).sum(-1) / math.sqrt(config.head_dim)).softmax(0)  # (positions, H)
+        return attention.o_proj((weights[..., None] * values).sum(0).flatten())
 
     def turn(self, x: Tensor, position: int) -> Tensor:
         """Rotate-half rotary positions of (H, D_h)."""

@@ -23,7 +23,7 @@ def close(actual: Tensor, expected: Tensor | float) -> None:
 def plain_objective(
     model: OuroForCausalLM, ids: Tensor, targets: Tensor, beta: float, hazard: float | None = None, **inputs: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """Equation 4 as a sum over tokens, differentiable, and the mean loss of each loop; `hazard` of a geometric prior."""
+    """Equation 4 as a sum over tokens, differentiable; the mean loss of each loop. `hazard`: of a geometric prior."""
     num_loops = model.config.total_ut_steps
     per_loop = [model(ids, exit_at_step=t, **inputs) for t in range(num_loops)]
     gates = per_loop[0].gate_logits
@@ -145,8 +145,8 @@ def test_fields_and_shapes() -> None:
     fewer = model(IDS, labels=LABELS, num_loop_steps=2)
     assert fewer.loop_losses.shape == (2,)
     close(fewer.loop_losses, output.loop_losses[:2])
-    loss, *_ = model(IDS, labels=LABELS, return_dict=True).to_tuple()
-    assert torch.equal(loss, output.loss)
+    assert torch.equal(output[0], output.loss) and torch.equal(output[1], output.logits)
+    assert torch.equal(model(IDS)[0], output.logits)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -170,6 +170,15 @@ def test_labels_behind_a_cache_are_refused() -> None:
         model(IDS, past_key_values=cache, labels=LABELS)
 
 
+def test_training_through_a_cache_is_refused() -> None:
+    model = tiny_model().train()
+    for arguments in ({"use_cache": True}, {"past_key_values": LoopCache(model.config)}):
+        with pytest.raises(ValueError, match="use_cache is True in training"):
+            model(IDS, labels=LABELS, **arguments)
+    with torch.no_grad():
+        assert model(IDS, labels=LABELS, use_cache=True).past_key_values.get_seq_length() == 9
+
+
 def test_bad_labels() -> None:
     with pytest.raises(ValueError, match="targets span"):
         tiny_model()(IDS, labels=IDS + 64)
@@ -182,5 +191,5 @@ def test_training_step_in_bf16_autocast() -> None:
     output.loss.backward()
     assert output.gate_logits.dtype == output.loss.dtype == torch.float32
     wide = tiny_model()(IDS, labels=LABELS).loss
-    assert float(output.loss) == pytest.approx(float(wide), rel=0.05)
+    assert output.loss.item() == pytest.approx(wide.item(), rel=0.05)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

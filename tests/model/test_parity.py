@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModel
 
 from looplm.exits import FixedDepth, QExit
 from looplm.model.modeling import OuroForCausalLM
@@ -48,6 +49,12 @@ def test_states_gates_and_exit_distribution(model: OuroForCausalLM) -> None:
     close(output.exit_probabilities, EXPECTED["exit_pdf"])
     close(output.logits, EXPECTED["logits.loop4"])
     assert (output.exit_depths == 4).all() and output.past_key_values is None
+
+
+def test_the_stack_alone_loads_from_the_same_file() -> None:
+    trunk, report = AutoModel.from_pretrained(FIXTURE, output_loading_info=True)
+    assert report["unexpected_keys"] == {"lm_head.weight"} and not report["missing_keys"]
+    close(trunk.eval()(**INPUTS).last_hidden_state, EXPECTED["hidden.4"])
 
 
 @pytest.mark.parametrize("loop", [1, 2, 3, 4])

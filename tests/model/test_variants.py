@@ -70,6 +70,17 @@ def test_save_and_load(model: OuroForCausalLM, tmp_path: Path) -> None:
     assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_larger_vocabulary(tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    before = model(IDS).logits
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert model(IDS).logits.shape[-1] == model.config.vocab_size == 70
+    close(model(IDS).logits[..., :64], before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
 # --- the cache ---
 
 
