@@ -12,7 +12,8 @@ from looplm.registration import register_with_transformers
 if TYPE_CHECKING:
     from looplm.exits import ExitRule
     from looplm.model.configuration import OuroConfig
-    from looplm.model.modeling import OuroForCausalLM, OuroModel
+    from looplm.model.modeling import OuroForCausalLM
+    from looplm.model.stack import OuroModel
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,7 @@ _HOMES = {
     "ExitRule": "looplm.exits",
     "OuroConfig": "looplm.model.configuration",
     "OuroForCausalLM": "looplm.model.modeling",
-    "OuroModel": "looplm.model.modeling",
+    "OuroModel": "looplm.model.stack",
 }
 
 __all__ = ["ExitRule", "OuroConfig", "OuroForCausalLM", "OuroModel", "__version__"]

@@ -16,7 +16,7 @@ is the one that every rule, every sample and every log-probability uses.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -99,6 +99,9 @@ def expected_depth(probabilities: Tensor) -> Tensor:
 class LoopView:
     """What an exit rule may look at after a loop, for the N positions that are still looping.
 
+    `rows` (N,) are their rows in the batch, `positions` (N,) their position ids, `index` (N,) their places in the
+    flattened (B, S) of the pass.
+
     `log_probabilities()` is the read-out after this loop, (N, V) in fp32; it costs one vocabulary product, so it is
     computed only if the rule asks. `previous_*` are None at loop 1: a rule that compares loops cannot fire there.
     """
@@ -112,6 +115,7 @@ class LoopView:
     previous_log_probabilities: Tensor | None
     rows: Tensor
     positions: Tensor
+    index: Tensor
 
 
 class ExitRule(Protocol):
@@ -145,6 +149,17 @@ class FixedDepth:
     def __call__(self, view: LoopView) -> Tensor:
         """Stop at the given loop."""
         return (view.loop >= torch.as_tensor(_per_row(self.loops, view.rows))).expand(view.rows.shape)
+
+
+@dataclass(frozen=True)
+class RecordedDepth:
+    """Replay: every position of a pass stops where it is recorded to have stopped; `depths` is (B, S), 0 as 1."""
+
+    depths: Tensor
+
+    def __call__(self, view: LoopView) -> Tensor:
+        """Stop at the recorded loop."""
+        return self.depths.flatten()[view.index] <= view.loop
 
 
 @dataclass(frozen=True)
@@ -258,91 +273,3 @@ def keyed_uniform(seeds: Tensor, positions: Tensor, loop: int) -> Tensor:
     """
     mixed = _splitmix64(_splitmix64(_splitmix64(seeds) ^ positions) ^ loop)
     return ((mixed >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-@dataclass
-class ExitTracker:
-    """Carries one rule through the loops for N positions and records what happened.
-
-    The caller runs a loop for `active` positions, calls `step`, and goes on with those that are left. All rules see
-    the hazards with the depth limits applied.
-
-    Attributes after the last step: `depths` (N,) int64; `log_probabilities` (N, max_loops) fp32, log p_t up to the
-    exit and NaN beyond it; `log_survival` (N,) fp32, log S at the exit (-inf where the exit was forced).
-    """
-
-    rule: ExitRule
-    rows: Tensor
-    positions: Tensor
-    min_loops: int
-    max_loops: int
-    active: Tensor = field(init=False)
-    depths: Tensor = field(init=False)
-    log_probabilities: Tensor = field(init=False)
-    log_survival: Tensor = field(init=False)
-    _previous_state: Tensor | None = field(default=None, init=False)
-    _previous_read: Tensor | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_loops <= self.max_loops:
-            raise ValueError(f"min_loops is {self.min_loops}; it must lie in 1..max_loops = {self.max_loops}")
-        n, device = self.rows.shape[0], self.rows.device
-        self.active = torch.arange(n, device=device)
-        self.depths = torch.zeros(n, dtype=torch.int64, device=device)
-        self.log_probabilities = torch.full((n, self.max_loops), math.nan, device=device)
-        self.log_survival = torch.zeros(n, device=device)
-
-    def step(self, loop: int, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Judge the active positions after a loop.
-
-        Args:
-            loop: 1..max_loops.
-            gate_logit: (A,) for the A active positions.
-            state: (A, D).
-            read: maps (A, D) states to (A, V) log-probabilities; called at most once.
-
-        Returns:
-            (A,) bool, True where a position stops here; `active` has already dropped those.
-        """
-        view = self._view(loop, gate_logit.detach(), state.detach(), read)
-        stops = torch.zeros_like(view.rows, dtype=torch.bool)
-        if loop >= self.max_loops:
-            stops = ~stops
-        elif loop >= self.min_loops - 1:  # one loop ahead: at min_loops, rules that compare loops have a predecessor
-            stops = self.rule(view) & (loop >= self.min_loops)
-        self.depths[self.active[stops]] = loop
-        goes_on = ~stops
-        self.active = self.active[goes_on]
-        self._previous_state = view.state[goes_on]
-        self._previous_read = None if self._read is None else self._read[goes_on]
-        return stops
-
-    def _view(self, loop: int, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> LoopView:
-        logit = gate_logit.float()
-        zero, never = torch.zeros_like(logit), torch.full_like(logit, -math.inf)
-        log_exit, log_stay = logsigmoid(logit), logsigmoid(-logit)
-        if loop < self.min_loops:
-            log_exit, log_stay = never, zero
-        if loop >= self.max_loops:
-            log_exit, log_stay = zero, never
-        before = self.log_survival[self.active]
-        self.log_probabilities[self.active, loop - 1] = log_exit + before
-        self.log_survival[self.active] = before + log_stay
-        self._read = None
-
-        def log_probabilities() -> Tensor:
-            if self._read is None:
-                self._read = read(state)
-            return self._read
-
-        return LoopView(
-            loop=loop,
-            log_hazard=log_exit,
-            log_survival=before + log_stay,
-            state=state,
-            previous_state=self._previous_state,
-            log_probabilities=log_probabilities,
-            previous_log_probabilities=self._previous_read,
-            rows=self.rows[self.active],
-            positions=self.positions[self.active],
-        )

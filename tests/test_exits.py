@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from looplm.exit_tracker import ExitTracker
 from looplm.exits import (
     Confidence,
     ExitRule,
-    ExitTracker,
     FixedDepth,
     QExit,
     SampledExit,

@@ -6,7 +6,7 @@ decoding, `take` narrows it to the rows that are still looping.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +18,7 @@ from looplm.model.cache import LoopCache
 
 if TYPE_CHECKING:
     from looplm.model.layers import Memory
-    from looplm.model.modeling import OuroModel
+    from looplm.model.stack import OuroModel
 
 
 @dataclass
@@ -26,6 +26,8 @@ class PassContext:
     """One forward pass over (B, S) new positions behind `past_length` cached ones.
 
     `rows` is None while all rows take part, else the (R,) rows that still loop; tensors are already narrowed to them.
+    In a freezing pass `active` (B, S) says which positions still loop, and `kept` holds, a core layer, the keys and
+    values that the loop before offered: those of positions past their exit stay.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -39,6 +41,8 @@ class PassContext:
     num_core_layers: int
     core_input: Tensor
     rows: Tensor | None = None
+    active: Tensor | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -65,7 +69,7 @@ class PassContext:
         if cache is not None:
             if not isinstance(cache, LoopCache):
                 raise ValueError(f"past_key_values is a {type(cache).__name__}; a looped model needs a LoopCache")
-            cache.check(config, batch, num_loops)
+            cache.check(config, batch, length, num_loops)
             if cache.get_seq_length() == 0:
                 cache.plan(num_loops)
         past = cache.get_seq_length() if cache is not None else 0
@@ -91,35 +95,51 @@ class PassContext:
             core_input=embedded,
         )
 
+    @property
+    def batch(self) -> int:
+        """B of the pass (of the rows taking part)."""
+        return len(self.core_input)
+
     def memory(self, layer: int, loop: int) -> Memory | None:
         """Where layer `layer` (prelude, core, coda counted through) keeps its keys and values in loop `loop`."""
-        if self.cache is None:
-            return None
-        return partial(self.cache.slots[layer].update, slot=loop - 1, rows=self.rows)
+        store = None
+        if self.cache is not None:
+            store = partial(self.cache.slots[layer].update, slot=loop - 1, rows=self.rows)
+        in_core = 0 <= layer - self.num_prelude_layers < self.num_core_layers
+        return partial(self._freeze, layer=layer, store=store) if self.active is not None and in_core else store
 
-    def leave(self, loop: int, rows: Tensor) -> None:
-        """`rows` (of the whole batch) go no further than `loop`: later loops see the keys of this one."""
-        assert self.cache is not None
-        slots = self.cache.num_loops
-        if loop < slots:
-            for layer in self.cache.core:
-                layer.fill(loop - 1, slots, self.length, rows)
+    def _freeze(self, key: Tensor, value: Tensor, layer: int, store: Memory | None) -> tuple[Tensor, Tensor]:
+        """Positions past their exit go on offering what they offered in the loop before."""
+        if layer in self.kept:
+            assert self.active is not None
+            looping = self.active[:, None, :, None]
+            key, value = (
+                torch.where(looping, new, old) for new, old in zip((key, value), self.kept[layer], strict=True)
+            )
+        self.kept[layer] = (key, value)
+        return (key, value) if store is None else store(key, value)
 
-    def take(self, rows: Tensor) -> PassContext:
-        """The same pass for some rows of the whole batch only."""
+    def leave(self, loop: int, rows: Tensor, num_loops: int) -> None:
+        """`rows` (of the whole batch) go no further than `loop` in this pass of `num_loops`."""
+        if self.cache is not None:
+            self.cache.leave(loop, self.length, rows, num_loops)
+
+    def take(self, stays: Tensor) -> PassContext:
+        """The same pass for those of its rows that stay, (R,) bool."""
         cos, sin = self.rotary
+        rows = torch.arange(len(stays), device=stays.device) if self.rows is None else self.rows
         return replace(
             self,
-            rotary=(cos, sin) if len(cos) == 1 else (cos[rows], sin[rows]),
-            mask=None if self.mask is None else self.mask[rows] if len(self.mask) > 1 else self.mask,
-            core_input=self.core_input[rows],
-            rows=rows,
+            rotary=(cos, sin) if len(cos) == 1 else (cos[stays], sin[stays]),
+            mask=self.mask if self.mask is None or len(self.mask) == 1 else self.mask[stays],
+            core_input=self.core_input[stays],
+            rows=rows[stays],
         )
 
-    def advance(self) -> None:
-        """The pass is over: its positions are in the cache."""
+    def advance(self, depths: Tensor) -> None:
+        """The pass is over: its positions are in the cache, with their exit depths (B, S)."""
         if self.cache is not None:
-            self.cache.advance(self.length)
+            self.cache.advance(depths if self.valid is None else depths * self.valid.to(depths.dtype))
 
     def mean(self, per_position: Tensor) -> Tensor:
         """Mean of (B, S) values over the positions that are not padding."""

@@ -1,8 +1,7 @@
-"""How an exit rule meets the model: `select` among loops that all ran, and `decode`, which does not run the others.
+"""Which exit rule is in force, and `select`: every loop runs, each position reads the state at its exit.
 
-Select is what the released code does and the default of `forward`: every loop runs, each position reads at its exit.
-Decode is one new token a row behind a cache: a row leaves the loop as soon as its own rule fires (Ouro section 3.2),
-the batch is compacted, and under `per_loop` its keys of the loops not run are those of its exit.
+Select is what the released code does and the default of `forward`; it saves nothing. The two that stop for real are
+`looplm.model.freezing` (one parallel pass) and `looplm.model.decoding` (one new token a row).
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
-from looplm.exits import ExitRule, ExitTracker, FixedDepth, QExit, check_rows
+from looplm.exit_tracker import ExitTracker
+from looplm.exits import ExitRule, FixedDepth, QExit, check_rows
 from looplm.model.configuration import OuroConfig
 from looplm.model.context import PassContext
-from looplm.model.outputs import OuroCausalLMOutput
 
 if TYPE_CHECKING:
-    from looplm.model.generation import DepthSession
     from looplm.model.modeling import OuroForCausalLM
 
 
@@ -82,44 +80,3 @@ def select(
     for loop, state in enumerate(states[:-1], start=1):
         chosen = torch.where((depths == loop)[..., None], state, chosen)
     return chosen, depths
-
-
-def decode(model: OuroForCausalLM, embedded: Tensor, context: PassContext, depth: DepthSession) -> OuroCausalLMOutput:
-    """One new token a row behind the cache, each row to its own depth.
-
-    Args:
-        embedded: (B, 1, D).
-
-    Returns:
-        Logits (B, 1, V) at each row's exit; `exit_depths` (B, 1); `exit_probabilities` (B, 1, T), NaN beyond the
-        exit. Keys of loops that were not run are those of the exit (policy `per_loop`).
-    """
-    rule, max_loops = depth.options.rule, depth.options.max_loops
-    assert rule is not None
-    check_rows(rule, len(embedded))
-    state, whole = model.model.begin(context, embedded), context
-    read, rows = torch.empty_like(state), torch.arange(len(state), device=state.device)
-    positions = context.positions.expand(len(rows), 1)[:, 0]
-    tracker = ExitTracker(rule, rows, positions, depth.options.min_loops, max_loops)
-    for loop in range(1, max_loops + 1):
-        state, gate = model.model.loop(state, context, loop)
-
-        def look(state: Tensor, context: PassContext = context) -> Tensor:
-            return model.log_probabilities(model.model.finish(state[:, None], context)[:, 0])
-
-        stops = tracker.step(loop, gate[:, 0], state[:, 0], look)
-        if stops.any():
-            leaving, rows = rows[stops], rows[~stops]
-            read[leaving] = state[stops]
-            context.leave(loop, leaving)
-            if not len(rows):
-                break
-            state, context = state[~stops], whole.take(rows)
-    logits = model.lm_head(model.model.finish(read, whole))
-    whole.advance()
-    return OuroCausalLMOutput(
-        logits=logits,
-        past_key_values=whole.cache,
-        exit_depths=tracker.depths[:, None],
-        exit_probabilities=tracker.log_probabilities[:, None].exp(),
-    )

@@ -36,9 +36,10 @@ class OuroCausalLMOutput(ModelOutput):
         logits: (B, S kept, V) of the exit rule in force; None while training with labels (see `skip_logits`).
         past_key_values: the cache, where one is used.
         loop_losses: (T,) mean cross entropy of each loop in nats, where labels are given.
-        exit_probabilities: (B, S, T) fp32, equation 3.
+        exit_probabilities: (B, S, T) fp32, equation 3; NaN beyond the exit where positions stop for good.
         gate_logits: (B, S, T) fp32.
         exit_depths: (B, S kept) int64, the loop that `logits` were read at; None for weighted exits.
+        survival: (B, S) fp32, the probability of having gone on at the exit, where positions stop for good.
         expected_depth: scalar, mean of sum_t t p_t over the valid positions, in loops.
         hidden_states: with `output_hidden_states`, the core's input and the state after every loop.
     """
@@ -50,5 +51,6 @@ class OuroCausalLMOutput(ModelOutput):
     exit_probabilities: Tensor | None = None
     gate_logits: Tensor | None = None
     exit_depths: Tensor | None = None
+    survival: Tensor | None = None
     expected_depth: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -1,0 +1,145 @@
+"""One parallel pass in which positions stop for good: exact replay, and scoring as generation does it.
+
+After its exit a position's state is frozen, and so are the keys and values that it offers: a query in loop t sees
+K_min(t, e_j)[j], which is what step-by-step generation under the KV policy `per_loop` shows it. Replaying recorded
+depths therefore gives the logits of the generation, in one pass and with gradients; a rule finds the same depths by
+itself, because whether a position stops after loop t depends only on what loops up to t have shown it.
+
+With gradient checkpointing every loop pass is recomputed, and the frozen keys and values cross the checkpoint
+boundary: 2 L H_kv D_h values a position and loop are kept beside the state's D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from looplm.exit_tracker import ExitTracker
+from looplm.exits import ExitRule, check_rows, exit_probabilities
+from looplm.model.context import PassContext
+
+if TYPE_CHECKING:
+    from looplm.model.modeling import OuroForCausalLM
+    from looplm.model.stack import OuroModel
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Each position at its exit.
+
+    Attributes:
+        state: (B, S, D) after the exit loop.
+        depths: (B, S) int64.
+        gate_logits: (B, S, T) fp32, NaN beyond the exit.
+        exit_probabilities: (B, S, T) fp32, NaN beyond the exit.
+        survival: (B, S) fp32, the probability of having gone on at the exit; 0 where it was forced.
+    """
+
+    state: Tensor
+    depths: Tensor
+    gate_logits: Tensor
+    exit_probabilities: Tensor
+    survival: Tensor
+
+
+def check_depths(depths: Tensor, batch: int, length: int, num_loops: int) -> None:
+    """Refuse recorded depths that do not describe the pass.
+
+    Raises:
+        ValueError: a shape other than (B, S), a depth outside 1..num_loops, or a 0 between two depths (0 stands for
+            padding before a text and for what comes after its end).
+    """
+    if depths.shape != (batch, length):
+        raise ValueError(f"exit_depths has shape {tuple(depths.shape)}; it must be {(batch, length)}, one a position")
+    if depths.is_floating_point() or int(depths.min()) < 0 or int(depths.max()) > num_loops:
+        raise ValueError(
+            f"exit_depths spans {depths.min()}..{depths.max()}; it must hold whole loops in 1..{num_loops}"
+        )
+    ran = depths > 0
+    inside = ran.cummax(1).values & ran.flip(1).cummax(1).values.flip(1)
+    if bool((inside & ~ran).any()):
+        raise ValueError("exit_depths has a 0 between two depths; 0 is for padding and for positions after the end")
+
+
+def freeze(
+    model: OuroForCausalLM,
+    embedded: Tensor,
+    context: PassContext,
+    rule: ExitRule,
+    min_loops: int | Tensor,
+    max_loops: int | Tensor,
+) -> Frozen:
+    """Run all positions of a pass, each up to its own exit.
+
+    Args:
+        embedded: (B, S, D).
+        rule: when a position stops; `RecordedDepth` replays.
+        min_loops, max_loops: limits, numbers or (B,).
+    """
+    core, (batch, length) = model.model, embedded.shape[:2]
+    check_rows(rule, batch)
+    state = core.begin(context, embedded)
+    rows = torch.arange(batch, device=state.device).repeat_interleave(length)
+    positions = context.positions.expand(batch, length).reshape(-1)
+    tracker = ExitTracker(rule, rows, positions, _spread(min_loops, rows), _spread(max_loops, rows))
+    active = torch.ones(batch, length, dtype=torch.bool, device=state.device)
+    kept: tuple[Tensor, ...] = ()
+    gates, num_loops = [], int(torch.as_tensor(max_loops).max())
+    for loop in range(1, num_loops + 1):
+        new, gate, *pairs = _pass(core, state, context, loop, active, kept)
+        kept, state = tuple(pairs), torch.where(active[..., None], new, state)
+        gates.append(gate)
+        index = tracker.active
+
+        def read(_: Tensor, state: Tensor = state, index: Tensor = index) -> Tensor:
+            return model.log_probabilities(core.finish(state, context).flatten(0, 1)[index])
+
+        tracker.step(loop, gate.flatten()[index], state.flatten(0, 1)[index], read)
+        if not len(tracker.active):
+            break
+        active = torch.zeros_like(active).flatten().index_fill(0, tracker.active, True).view(batch, length)
+    context.leave(loop, torch.arange(batch, device=state.device), num_loops)
+    return _collect(state, gates, tracker, min_loops, max_loops)
+
+
+def _pass(
+    core: OuroModel, state: Tensor, context: PassContext, loop: int, active: Tensor, kept: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    if core.gradient_checkpointing and core.training:
+        return core._gradient_checkpointing_func(_frozen_loop, core, state, context, loop, active, *kept)
+    return _frozen_loop(core, state, context, loop, active, *kept)
+
+
+def _frozen_loop(
+    core: OuroModel, state: Tensor, context: PassContext, loop: int, active: Tensor, *kept: Tensor
+) -> tuple[Tensor, ...]:
+    """One loop with the positions past their exit frozen; what it offers goes in and out as tensors, layer by layer."""
+    first = context.num_prelude_layers
+    pairs = {first + n: pair for n, pair in enumerate(zip(kept[::2], kept[1::2], strict=True))}
+    inside = replace(context, active=active, kept=pairs)
+    state, gate = core.loop(state, inside, loop)
+    return (state, gate, *(part for layer in sorted(inside.kept) for part in inside.kept[layer]))
+
+
+def _spread(limit: int | Tensor, rows: Tensor) -> int | Tensor:
+    return limit.to(rows.device)[rows] if isinstance(limit, Tensor) else limit
+
+
+def _collect(
+    state: Tensor, gates: list[Tensor], tracker: ExitTracker, min_loops: int | Tensor, max_loops: int | Tensor
+) -> Frozen:
+    """Shape the records; with uniform limits the probabilities are differentiable."""
+    batch, length = state.shape[:2]
+    depths, table = tracker.depths.view(batch, length), tracker.log_probabilities.shape[1]
+    gates = gates + [torch.zeros_like(gates[0])] * (table - len(gates))
+    logits = torch.stack(gates, dim=-1)
+    ran = torch.arange(1, table + 1, device=state.device) <= depths[..., None]
+    if isinstance(min_loops, int) and isinstance(max_loops, int):
+        probabilities = exit_probabilities(logits, min_loops).masked_fill(~ran, torch.nan)
+    else:
+        probabilities = tracker.log_probabilities.exp().view(batch, length, table)
+    survival = tracker.log_survival.exp().view(batch, length)
+    return Frozen(state, depths, logits.masked_fill(~ran, torch.nan), probabilities, survival)
