@@ -109,24 +109,24 @@ class LoopSlots(CacheLayerMixin):
             for held, new in zip(self._held, (key_states, value_states), strict=True):
                 held[where] += new
 
-    def leave(self, loop: int, num_loops: int, positions: int, rows: Tensor) -> None:
-        """`rows` go no further than `loop` in this pass: leave behind what later positions are to see.
+    def leave(self, loop: int, num_loops: int, positions: int, rows: Tensor | None) -> None:
+        """`rows` (None: all) go no further than `loop` in this pass: leave behind what later positions are to see.
 
         Args:
             num_loops: loops that the cache serves (`per_loop` fills the slots of all that follow).
             positions: of the pass.
         """
         assert self.keys is not None and self.values is not None
-        new = slice(self.length, self.length + positions)
+        new, who = slice(self.length, self.length + positions), slice(None) if rows is None else rows
         if self.policy == "per_loop" and loop < num_loops:
             self.reserve(num_loops, self.length + positions)
             for buffer in (self.keys, self.values):
-                buffer[loop:, rows, :, new] = buffer[loop - 1, rows, :, new]
+                buffer[loop:, who, :, new] = buffer[loop - 1, who, :, new]
         elif self.policy in ("average", "first"):
             assert self._held is not None
             scale = 1 / loop if self.policy == "average" else 1.0
             for buffer, held in zip((self.keys, self.values), self._held, strict=True):
-                buffer[0, rows, :, new] = (held[rows] * scale).to(buffer.dtype)
+                buffer[0, who, :, new] = (held[who] * scale).to(buffer.dtype)
 
     def collapse(self, policy: KVPolicy, depths: Tensor) -> None:
         """Put what `policy` keeps of the per-loop slots into one; the others are freed.
@@ -136,7 +136,7 @@ class LoopSlots(CacheLayerMixin):
         """
         assert self.keys is not None and self.values is not None
         loops = torch.arange(1, len(self.keys) + 1, device=depths.device)[:, None, None]
-        seen = (loops <= depths.clamp(min=1)).to(torch.float32)
+        seen = (loops <= depths.clamp(min=1)).double()
         share = {
             "last": loops == depths.clamp(min=1),
             "first": (loops == 1).expand_as(seen),
@@ -146,11 +146,11 @@ class LoopSlots(CacheLayerMixin):
         for name in ("keys", "values"):
             old = getattr(self, name)
             wide, filled = torch.promote_types(old.dtype, torch.float32), slice(self.length)
-            kept = sum(loop[:, :, filled].to(wide) * weight for loop, weight in zip(old, weights, strict=True))
+            kept = sum(loop[:, :, filled] * weight for loop, weight in zip(old, weights.to(wide), strict=True))
             new = old.new_zeros(1, *old.shape[1:])
             new[0, :, :, filled] = kept.to(old.dtype)
             setattr(self, name, new)
-        self.policy = policy
+        self.policy, self.least_slots = policy, 1  # growing later must not bring the other slots back
 
     def get_seq_length(self) -> int:
         """Filled positions."""
@@ -292,8 +292,8 @@ class LoopCache(Cache):
         for layer in self.core:
             layer.collapse(policy, self.depths)
 
-    def leave(self, loop: int, positions: int, rows: Tensor, num_loops: int) -> None:
-        """`rows` go no further than `loop` in this pass of `num_loops`; see `LoopSlots.leave`."""
+    def leave(self, loop: int, positions: int, rows: Tensor | None, num_loops: int) -> None:
+        """`rows` (None: all) go no further than `loop` in this pass of `num_loops`; see `LoopSlots.leave`."""
         for layer in self.core:
             layer.leave(loop, max(num_loops, self.num_loops), positions, rows)
 

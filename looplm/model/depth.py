@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from looplm.exits import ExitRule, FixedDepth, QExit
+from looplm.exits import ExitRule, FixedDepth, QExit, check_rows
 from looplm.model.cache import KV_POLICIES, KVPolicy
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class DepthOptions:
     kv_policy: KVPolicy = "per_loop"
 
     def __post_init__(self) -> None:
+        for name in ("budget", "min_loops", "max_loops"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and not value.ndim:
+                object.__setattr__(self, name, value.item())
         least, most = torch.as_tensor(self.min_loops), torch.as_tensor(self.max_loops)
         if bool((most < 1).any()):
             raise ValueError(f"max_loops (or num_loop_steps) is {self.max_loops}; it must be at least 1")
@@ -65,6 +69,20 @@ class DepthOptions:
             raise ValueError(
                 "prefill is 'adaptive', but no exit rule is given; pass exit_threshold, exit_rule or depth_budget"
             )
+
+    def check_rows(self, batch: int) -> None:
+        """Refuse values one a row that do not fit the batch.
+
+        Raises:
+            ValueError: a tensor with other than `batch` values.
+        """
+        if self.rule is not None:
+            check_rows(self.rule, batch)
+        given = {"depth_budget": self.budget, "min_loops": self.min_loops, "max_loops": self.max_loops}
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.shape != (batch,):
+                shape = "x".join(map(str, value.shape))
+                raise ValueError(f"{name} has {shape} values; the batch has {batch} rows")
 
     @property
     def adaptive(self) -> bool:
@@ -139,10 +157,12 @@ class DepthSession:
         options = self.options
         if options.budget is None:
             return options.rule if options.rule is not None else FixedDepth(options.max_loops)
-        spare = torch.zeros(1, dtype=torch.float64)
-        for depths, *_ in self.steps:
-            spare = spare + (torch.as_tensor(options.budget) - depths[:, 0].cpu()) * (depths[:, 0].cpu() > 0)
-        return QExit((0.5 + BUDGET_GAIN * spare).clamp(1e-3, 1.0).squeeze())
+        if not self.steps:
+            return QExit(0.5)
+        spent = torch.cat([depths for depths, *_ in self.steps], dim=1).cpu()
+        budget = torch.as_tensor(options.budget, dtype=torch.float64).cpu().reshape(-1, 1)
+        spare = ((budget - spent) * (spent > 0)).sum(1)
+        return QExit((0.5 + BUDGET_GAIN * spare).clamp(1e-3, 1.0))
 
     def prompt_rule(self) -> ExitRule:
         """The rule of prompt positions in a freezing prefill."""

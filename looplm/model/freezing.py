@@ -95,13 +95,18 @@ def freeze(
         index = tracker.active
 
         def read(_: Tensor, state: Tensor = state, index: Tensor = index) -> Tensor:
+            if core.config.num_coda_layers and length > 1:
+                raise ValueError(
+                    f"{type(rule).__name__} reads the coda's output, which has no parallel form (it sees the exits of "
+                    "the positions before): use prefill='full', or exit_mode='select' in forward"
+                )
             return model.log_probabilities(core.finish(state, context).flatten(0, 1)[index])
 
         tracker.step(loop, gate.flatten()[index], state.flatten(0, 1)[index], read)
         if not len(tracker.active):
             break
         active = torch.zeros_like(active).flatten().index_fill(0, tracker.active, True).view(batch, length)
-    context.leave(loop, torch.arange(batch, device=state.device), num_loops)
+    context.leave(loop, None, num_loops)
     return _collect(state, gates, tracker, min_loops, max_loops)
 
 

@@ -25,14 +25,17 @@ _SESSION: ContextVar[DepthSession | None] = ContextVar("looplm_depth_session", d
 
 
 class _WatchedCriteria(StoppingCriteriaList):
-    """Stopping criteria that tell the session which rows have ended, so that those are not run any more."""
+    """Stopping criteria that tell the session which rows have ended, so that those are not run any more.
+
+    Rows that the session has ended itself, because their numbers were not finite, end here too; beams change rows.
+    """
 
     session: DepthSession
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ended = super().__call__(input_ids, scores, **kwargs)
         self.session.end(ended)
-        return ended
+        return ~self.session.running(len(ended), ended.device) if self.session.one_token_a_pass else ended
 
 
 class DepthGenerationMixin(GenerationMixin):
@@ -93,8 +96,11 @@ class DepthGenerationMixin(GenerationMixin):
             prefill=prefill,
             kv_policy=kv_policy,
         )
-        if options.adaptive and (kwargs.get("exit_at_step") is not None or kwargs.get("use_weighted_exit")):
-            raise ValueError("exit_at_step and use_weighted_exit run all loops; pass adaptive_loop=False with them")
+        if kwargs.get("exit_at_step") is not None or kwargs.get("use_weighted_exit"):
+            if options.adaptive:
+                raise ValueError("exit_at_step and use_weighted_exit run all loops; pass adaptive_loop=False with them")
+            if isinstance(options.max_loops, Tensor):
+                raise ValueError("exit_at_step and use_weighted_exit take one number of loops, not one a row")
         kwargs.pop("depth", None)  # assisted generation hands the main model's arguments to the assistant
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
@@ -145,7 +151,11 @@ class DepthGenerationMixin(GenerationMixin):
                 f"kv_policy {options.kv_policy!r} has no parallel form, which beam search and assisted generation "
                 "need; use kv_policy 'per_loop'"
             )
-        cache = model_kwargs.get("past_key_values")
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        options.check_rows(batch_size * copies)
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        # transformers drops a mask of ones, and ids may be the new ones only
+        session.prompt_end = generation_config._mask_length if mask is None else mask.shape[1]
         if cache is None and generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = LoopCache(self.config)
             cache.plan(options.num_loops, max_cache_length)
@@ -153,7 +163,29 @@ class DepthGenerationMixin(GenerationMixin):
             raise ValueError("use_cache is False: early exit and KV policies need the cache; use adaptive_loop=False")
         elif cache is not None and not isinstance(cache, LoopCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; a looped model needs a LoopCache")
+        if cache is not None:
+            _check_filled(cache, mask, session.prompt_end)
         session.cache = cache
+
+
+def _check_filled(cache: LoopCache, mask: Tensor | None, prompt_end: int) -> None:
+    """Refuse a cache that is no beginning of this prompt."""
+    length = cache.get_seq_length()
+    if length >= prompt_end:
+        raise ValueError(
+            f"past_key_values holds {length} positions, but the prompt has {prompt_end}; pass the whole conversation "
+            "with at least one new token, or crop the cache"
+        )
+    if cache.depths is None:
+        return
+    unfilled = cache.depths == 0
+    seen = unfilled if mask is None else unfilled & mask[:, :length].bool().to(unfilled.device)
+    if bool(seen.any()):
+        row, place = seen.nonzero()[0].tolist()
+        raise ValueError(
+            f"past_key_values has nothing at position {place} of row {row}, which had ended; "
+            "put 0 there in attention_mask, or start from an empty cache"
+        )
 
 
 def _finish(result: Any, session: DepthSession, start: int) -> Any:

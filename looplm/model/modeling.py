@@ -21,6 +21,7 @@ from looplm.model.depth import DepthSession
 from looplm.model.exiting import keep, rule_in_force, select
 from looplm.model.freezing import check_depths, freeze
 from looplm.model.generation import DepthGenerationMixin
+from looplm.model.layers import OuroLinear
 from looplm.model.outputs import OuroCausalLMOutput
 from looplm.model.stack import OuroModel, OuroPreTrainedModel
 from looplm.objectives.expected_loss import Prior, stage_one_loss
@@ -35,7 +36,7 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
     def __init__(self, config: OuroConfig) -> None:
         super().__init__(config)
         self.model = OuroModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OuroLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -96,15 +97,20 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
             return decode(self, embedded, context, depth)
         targets = shift_labels if shift_labels is not None else None if labels is None else _shift(labels)
         if depth is not None and depth.freezes_prompt:
-            least, most = depth.options.min_loops, depth.options.max_loops
-            return self._freeze(embedded, context, depth.prompt_rule(), least, most, logits_to_keep, None, depth)
+            limits = (depth.options.min_loops, depth.options.max_loops)
+            return self._freeze(embedded, context, depth.prompt_rule(), limits, logits_to_keep, None, None, depth)
+        if exit_mode not in ("select", "freeze"):
+            raise ValueError(f"exit_mode is {exit_mode!r}; it must be select or freeze")
         if exit_depths is not None or exit_mode == "freeze":
+            if use_weighted_exit:
+                raise ValueError("use_weighted_exit mixes all loops; it goes with exit_mode='select' only")
             if exit_depths is not None:
-                stop = self._recorded(exit_depths, context, num_loops, selects)
+                stop = _recorded(exit_depths, context, num_loops, selects)
             else:
                 asked = rule_in_force(exit_rule, exit_at_step, exit_threshold, self.config, num_loops)
                 stop = FixedDepth(num_loops) if asked is None else asked
-            return self._freeze(embedded, context, stop, 1, num_loops, logits_to_keep, targets, None)
+            limits = (1, num_loops)
+            return self._freeze(embedded, context, stop, limits, logits_to_keep, targets, num_items_in_batch, None)
         states, gate_logits = self.model.run(embedded, context, num_loops)
         output = OuroCausalLMOutput(past_key_values=context.cache, gate_logits=gate_logits)
         if gate_logits is not None:
@@ -132,27 +138,15 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
     def _pooled(self) -> bool:
         return self.config.exit_gate_pooling != "token"
 
-    def _recorded(self, depths: Tensor, context: PassContext, num_loops: int, selects: bool) -> ExitRule:
-        """The rule that replays `exit_depths`, checked."""
-        if selects:
-            raise ValueError("exit_depths replays recorded depths; drop exit_rule, exit_at_step and exit_threshold")
-        if context.cache is not None and context.cache.policy != "per_loop":
-            raise ValueError(
-                f"exit_depths cannot be replayed behind kv_policy {context.cache.policy!r}: it has no parallel form, "
-                "because a query in loop 1 needs the last loop of the token before; generate with 'per_loop'"
-            )
-        check_depths(depths, context.batch, context.length, num_loops)
-        return RecordedDepth(depths.to(context.positions.device))
-
     def _freeze(
         self,
         embedded: Tensor,
         context: PassContext,
         rule: ExitRule,
-        min_loops: int | Tensor,
-        max_loops: int | Tensor,
+        limits: tuple[int | Tensor, int | Tensor],
         logits_to_keep: int | Tensor,
         targets: Tensor | None,
+        num_items: int | Tensor | None,
         depth: DepthSession | None,
     ) -> OuroCausalLMOutput:
         """A pass in which positions stop for good (see `looplm.model.freezing`)."""
@@ -160,9 +154,14 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
             raise ValueError(
                 "exit_gate_pooling is 'causal_mean': a rule that freezes needs 'token'; use exit_mode='select'"
             )
+        if context.cache is not None and context.cache.policy != "per_loop":
+            raise ValueError(
+                f"past_key_values is collapsed (kv_policy {context.cache.policy!r}); positions cannot freeze behind "
+                "it, because a query in loop 1 needs the last loop of the token before: use kv_policy 'per_loop'"
+            )
         if context.cache is not None and torch.is_grad_enabled() and self.training:
             raise ValueError("use_cache is True in training, but a cache carries no gradients: pass use_cache=False")
-        frozen = freeze(self, embedded, context, rule, min_loops, max_loops)
+        frozen = freeze(self, embedded, context, rule, *limits)
         read = self.model.finish(frozen.state, context)
         output = OuroCausalLMOutput(
             logits=self.lm_head(slice_logits_to_keep(read, logits_to_keep)),
@@ -176,7 +175,8 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
         if targets is not None:
             ones = torch.ones(1, *targets.shape, device=targets.device)
             total, _ = weighted_token_losses([read], self.lm_head.weight, targets, ones)
-            output.loss = total / (targets != -100).sum().clamp(min=1)
+            items = (targets != -100).sum() if num_items is None else torch.as_tensor(num_items)
+            output.loss = total / items.to(total.device).clamp(min=1)
         context.advance(frozen.depths)
         if depth is not None:
             self._end_prompt(output, context, depth)
@@ -254,6 +254,14 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
     def log_probabilities(self, read: Tensor) -> Tensor:
         """The read-out of states (N, D) in fp32 (N, V): what confidence rules look at."""
         return self.lm_head(read).float().log_softmax(-1)
+
+
+def _recorded(depths: Tensor, context: PassContext, num_loops: int, selects: bool) -> ExitRule:
+    """The rule that replays `exit_depths`, checked."""
+    if selects:
+        raise ValueError("exit_depths replays recorded depths; drop exit_rule, exit_at_step and exit_threshold")
+    check_depths(depths, context.batch, context.length, num_loops)
+    return RecordedDepth(depths.to(context.positions.device))
 
 
 def _shift(labels: Tensor | None) -> Tensor:

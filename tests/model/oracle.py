@@ -1,7 +1,7 @@
 """The depth-exact contract, written as slowly and plainly as it reads: one position, one loop, one layer at a time.
 
-A position that left after loop e offers K_min(t, e) to later positions in loop t (policy `per_loop`). No cache, no
-batch, no mask, no attention backend: nothing of the package but its weights and norms is used.
+What a position that left after loop e offers to later positions in loop t is `Sweep.offered`, one line a KV policy.
+No cache, no batch, no mask, no attention backend: nothing of the package but its weights and norms is used.
 """
 
 import math
@@ -35,11 +35,16 @@ Stop = Callable[[Look], bool]
 
 @dataclass
 class Sweep:
-    """One sequence, position by position. `logits` and `depths` are of each position's exit."""
+    """One sequence, position by position. `logits` and `depths` are of each position's exit.
+
+    Positions before `prompt_end` see each other per loop, whatever the policy.
+    """
 
     model: OuroForCausalLM
     stop: Stop
     max_loops: int
+    policy: str = "per_loop"
+    prompt_end: int = 0
     logits: list[Tensor] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     gates: list[list[float]] = field(default_factory=list)
@@ -89,12 +94,24 @@ class Sweep:
         key = self.turn(attention.k_proj(x).view(-1, config.head_dim), position)
         self.memory[layer, loop, position] = key, attention.v_proj(x).view(-1, config.head_dim)
         looped = layer in list(self.model.model.layers)
-        seen = [self.memory[layer, min(loop, e) if looped else 1, j] for j, e in enumerate(self.depths)]
+        policy = "per_loop" if position < self.prompt_end else self.policy
+        seen = [self.offered(layer, j, loop if looped else 1, policy if looped else "first") for j in range(position)]
         seen.append(self.memory[layer, loop, position])
         group = config.num_attention_heads // config.num_key_value_heads
         keys, values = (torch.stack(x).repeat_interleave(group, dim=1) for x in zip(*seen, strict=True))
         weights = ((query * keys).sum(-1) / math.sqrt(config.head_dim)).softmax(0)  # (positions, H)
         return attention.o_proj((weights[..., None] * values).sum(0).flatten())
+
+    def offered(self, layer: OuroDecoderLayer, j: int, loop: int, policy: str) -> tuple[Tensor, Tensor]:
+        """Keys and values of position j, which left after loop e, to a query in `loop`."""
+        e = self.depths[j]
+        keys, values = zip(
+            *(self.memory[layer, t, j] for t in range(1, (1 if policy == "first" else e) + 1)), strict=True
+        )
+        if policy == "average":
+            return sum(keys) / e, sum(values) / e
+        chosen = {"per_loop": min(loop, e), "last": e, "first": 1}[policy]
+        return keys[chosen - 1], values[chosen - 1]
 
     def turn(self, x: Tensor, position: int) -> Tensor:
         """Rotate-half rotary positions of (H, D_h)."""
@@ -109,26 +126,41 @@ class Sweep:
 
 
 @torch.no_grad()
-def sweep(model: OuroForCausalLM, ids: list[int], stop: Stop, max_loops: int) -> Sweep:
+def sweep(
+    model: OuroForCausalLM, ids: list[int], stop: Stop, max_loops: int, policy: str = "per_loop", prompt_end: int = 0
+) -> Sweep:
     """Run a whole sequence."""
-    result = Sweep(model, stop, max_loops)
+    result = Sweep(model, stop, max_loops, policy, prompt_end)
     for token in ids:
         result.extend(token)
     return result
 
 
-def slow_generate(
-    model: OuroForCausalLM, prompt: list[int], steps: int, stop: Stop, max_loops: int
-) -> tuple[list[int], Tensor, list[int]]:
-    """Greedy decoding that recomputes everything for every token; the prompt runs at full depth.
+@dataclass
+class Slow:
+    """What `slow_generate` finds: new tokens, their logits (steps, V), the depth each was read at, and all depths."""
 
-    Returns:
-        The new tokens, their logits (steps, V), and the depth that each was read at.
-    """
+    tokens: list[int]
+    logits: Tensor
+    depths: list[int]
+    position_depths: list[int]
+
+
+def slow_generate(
+    model: OuroForCausalLM,
+    prompt: list[int],
+    steps: int,
+    stop: Stop,
+    max_loops: int,
+    policy: str = "per_loop",
+    prefill: str = "full",
+) -> Slow:
+    """Greedy decoding that recomputes everything for every token; the prompt at full depth, or by the rule too."""
     ids, logits, depths = list(prompt), [], []
+    judged = 0 if prefill == "adaptive" else len(prompt)
     for _ in range(steps):
-        done = sweep(model, ids, lambda look: look.position >= len(prompt) and stop(look), max_loops)
+        done = sweep(model, ids, lambda look: look.position >= judged and stop(look), max_loops, policy, len(prompt))
         logits.append(done.logits[-1])
         depths.append(done.depths[-1])
         ids.append(int(done.logits[-1].argmax()))
-    return ids[len(prompt) :], torch.stack(logits), depths
+    return Slow(ids[len(prompt) :], torch.stack(logits), depths, done.depths)

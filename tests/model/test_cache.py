@@ -48,10 +48,9 @@ def run_pass(cache: LoopCache, history: History, length: int, depths: list[int],
             expected = torch.stack([visible(position, loop) for position in history[b]], dim=1)
             assert torch.equal(seen_keys[i], expected), (loop, b)
         leaving = torch.tensor([b for b in rows if depths[b] == loop])
-        if len(leaving) and loop < LOOPS:
-            for layer in cache.core:
-                layer.fill(loop - 1, LOOPS, length, leaving)
-    cache.advance(length)
+        if len(leaving):
+            cache.leave(loop, length, leaving, LOOPS)
+    cache.advance(torch.tensor(depths)[:, None].expand(batch, length))
 
 
 @QUICK
@@ -80,6 +79,8 @@ def test_a_loop_sees_what_per_loop_says(data: st.DataObject) -> None:
             history = [list(map(dict, row)) for row in history for _ in range(2)]
             batch *= 2
         assert cache.get_seq_length() == len(history[0]) and cache.num_loops == LOOPS
+        assert cache.depths is not None
+        assert cache.depths.tolist() == [[max(position) for position in row] for row in history]
 
 
 def test_without_a_plan_nothing_is_lost_when_the_buffers_grow() -> None:
@@ -101,13 +102,13 @@ def test_planned_buffers_are_allocated_once() -> None:
     keys = fresh(2, 5, [0])
     for loop in range(LOOPS):
         layer.update(keys, keys, slot=loop)
-    cache.advance(5)
+    cache.advance(torch.full((2, 5), LOOPS))
     assert layer.keys is not None and layer.keys.shape == (LOOPS, 2, 2, 50, 4)
     address = layer.keys.data_ptr()
     for _ in range(45):
         for loop in range(LOOPS):
             layer.update(keys[:, :, :1], keys[:, :, :1], slot=loop)
-        cache.advance(1)
+        cache.advance(torch.full((2, 1), LOOPS))
     assert layer.keys.data_ptr() == address and layer.get_mask_sizes(1) == (51, 0)
     layer.update(keys[:, :, :1], keys[:, :, :1], slot=0)
     assert layer.keys.shape[3] == 100  # doubled
@@ -126,7 +127,7 @@ def test_bytes_loops_and_reset() -> None:
     for layer in cache.core:
         for loop in range(2):
             layer.update(fresh(3, 1, counter), fresh(3, 1, counter), slot=loop)
-    cache.advance(1)
+    cache.advance(torch.full((3, 1), 2))
     assert cache.num_loops == 2  # fewer loops and more rows than before the reset
 
 
@@ -140,15 +141,15 @@ def test_crop_out_of_range() -> None:
 def test_check_refuses_what_the_cache_cannot_serve() -> None:
     config = tiny_config(num_key_value_heads=2, head_dim=4)
     cache = LoopCache(config)
-    cache.check(config, 5, 9)
+    cache.check(config, 5, 7, 9)
     with pytest.raises(ValueError, match=r"holds layers \(0, 2, 0\) .* this model has \(1, 2, 0\)"):
-        cache.check(tiny_config(num_prelude_layers=1), 5, 3)
+        cache.check(tiny_config(num_prelude_layers=1), 5, 1, 3)
     cache.plan(LOOPS)
     run_pass(cache, [[]], 2, [LOOPS], [0])
-    cache.check(config, 1, 2)
+    cache.check(config, 1, 4, 2)
     with pytest.raises(ValueError, match="has 1 rows; the input has 2"):
-        cache.check(config, 2, 2)
+        cache.check(config, 2, 1, 2)
     with pytest.raises(ValueError, match="num_loop_steps is 4, but past_key_values was filled with 3 loops"):
-        cache.check(config, 1, 4)
+        cache.check(config, 1, 1, 4)
     with pytest.raises(ValueError, match="has 2 heads of 4; this model has 4 of 8"):
-        cache.check(tiny_config(), 1, 2)
+        cache.check(tiny_config(), 1, 1, 2)

@@ -1,101 +1,23 @@
-"""`generate` at every depth: tokens, logits and recorded depths equal a slow oracle, and loops not run cost nothing."""
+"""`generate` at full depth, what transformers' generation can do besides, and what it refuses."""
 
 import copy
-import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from oracle import Look, Stop, slow_generate, sweep
+from checks import FULL, LOOPS, PROMPTS, STEPS, close, left_padded, limited, q_exit
+from oracle import sweep
 from tiny import VARIANTS, tiny_config, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from looplm.exits import Confidence, ExitRule, FixedDepth, QExit, SampledExit, StateDifference, keyed_uniform
+from looplm.exits import FixedDepth, QExit, SampledExit
 from looplm.model.cache import LoopCache
-from looplm.model.generation import DepthOptions, DepthSession
 from looplm.model.modeling import OuroForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:running . loops")
-
-STEPS, LOOPS = 6, 3
-ADAPTIVE = {name: fields for name, fields in VARIANTS.items() if name not in ("causal-mean", "all")}
-ADAPTIVE["all"] = {**VARIANTS["all"], "exit_gate_pooling": "token"}
-PROMPTS = [tokens(length, seed=seed) for length, seed in ((6, 11), (4, 12), (1, 13))]
-FULL = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "max_new_tokens": STEPS}
-
-
-def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
-    width = max(map(len, prompts))
-    ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) :], mask[b, width - len(prompt) :] = prompt, 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    """`generate` keeps its logits in fp32."""
-    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-6, atol=1e-6)
-
-
-# --- the rules once more, in plain Python ---
-
-
-def q_exit(q: float) -> Callable[[Look, int], bool]:
-    return lambda look, low: 1 - math.prod(1 - h for h in look.hazards[low - 1 :]) >= q
-
-
-def probabilities(look: Look, back: int = 1) -> list[float]:
-    return look.read(look.states[-back]).exp().tolist()
-
-
-def kl(look: Look) -> float:
-    if look.loop == 1:
-        return math.inf
-    return sum(p * math.log(p / q) for p, q in zip(probabilities(look), probabilities(look, 2), strict=True))
-
-
-def difference(look: Look) -> float:
-    return math.inf if look.loop == 1 else math.dist(look.states[-1].tolist(), look.states[-2].tolist())
-
-
-def sampled(seed: int) -> Callable[[Look, int], bool]:
-    return lambda look, _: (
-        float(keyed_uniform(torch.tensor(seed), torch.tensor(look.position), look.loop)) < (look.hazards[-1])
-    )
-
-
-RULES: dict[str, tuple[ExitRule, Callable[[Look, int], bool]]] = {
-    "q": (QExit(0.6), q_exit(0.6)),
-    "fixed": (FixedDepth(2), lambda look, _: look.loop >= 2),
-    "max-probability": (Confidence("max_probability", 0.3), lambda look, _: max(probabilities(look)) >= 0.3),
-    "entropy": (
-        Confidence("entropy", 2.4),
-        lambda look, _: -sum(p * math.log(p) for p in probabilities(look)) <= 2.4,
-    ),
-    "kl": (Confidence("kl", 0.8), lambda look, _: kl(look) <= 0.8),
-    "difference": (StateDifference(4.0), lambda look, _: difference(look) < 4.0),
-    "sampled": (SampledExit(3), sampled(3)),
-}
-
-
-def limited(criterion: Callable[[Look, int], bool], min_loops: int = 1) -> Stop:
-    return lambda look: look.loop >= min_loops and criterion(look, min_loops)
-
-
-def check_rows(
-    model: OuroForCausalLM, result: Any, prompts: list[Tensor], stops: list[Stop], max_loops: int = LOOPS
-) -> None:
-    """Tokens, logits and depths of every row against the oracle."""
-    logits = torch.stack(result.logits, dim=1)
-    for b, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
-        new, expected, depths = slow_generate(model, prompt.tolist(), STEPS, stop, max_loops)
-        assert result.sequences[b, -STEPS:].tolist() == new
-        assert result.exit_depths[b].tolist() == depths
-        close(logits[b], expected)
 
 
 # --- full depth ---
@@ -132,130 +54,6 @@ def test_the_plain_call_returns_a_tensor() -> None:
     model = tiny_model()
     settings = {"max_new_tokens": STEPS, "do_sample": False}
     assert torch.equal(model.generate(PROMPTS[0][None], **settings), model.generate(PROMPTS[0][None], **FULL).sequences)
-
-
-# --- early exit ---
-
-
-@pytest.mark.parametrize("name", list(RULES))
-def test_every_rule_equals_the_oracle_in_a_padded_batch(name: str) -> None:
-    rule, criterion = RULES[name]
-    model = tiny_model()
-    result = model.generate(**left_padded(PROMPTS), **FULL, exit_rule=rule)
-    check_rows(model, result, PROMPTS, [limited(criterion)] * 3)
-    assert (result.exit_depths[:, 0] == LOOPS).all()
-    if name != "fixed":
-        later = result.exit_depths[:, 1:]
-        assert len(later.unique()) >= 2 and (later != later[0]).any(), "the rows should part"
-
-
-@pytest.mark.parametrize("name", list(ADAPTIVE))
-@pytest.mark.parametrize("rule", ["q", "kl"])
-def test_every_variant_equals_the_oracle(name: str, rule: str) -> None:
-    model = tiny_model(**ADAPTIVE[name])
-    result = model.generate(**left_padded(PROMPTS[:2]), **FULL, exit_rule=RULES[rule][0])
-    check_rows(model, result, PROMPTS[:2], [limited(RULES[rule][1])] * 2)
-
-
-@pytest.mark.parametrize(("min_loops", "max_loops"), [(2, 3), (1, 2), (2, 4), (3, 3)])
-@pytest.mark.parametrize("rule", ["q", "kl", "sampled"])
-def test_depth_limits(rule: str, min_loops: int, max_loops: int) -> None:
-    model = tiny_model()
-    limits = {"min_loops": min_loops, "max_loops": max_loops}
-    result = model.generate(**left_padded(PROMPTS[1:]), **FULL, exit_rule=RULES[rule][0], **limits)
-    check_rows(model, result, PROMPTS[1:], [limited(RULES[rule][1], min_loops)] * 2, max_loops)
-    assert result.exit_depths.min() >= min_loops and result.exit_depths.max() <= max_loops
-
-
-def test_thresholds_one_a_row() -> None:
-    model, thresholds = tiny_model(), [0.3, 0.9, 1.0]
-    result = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=torch.tensor(thresholds))
-    check_rows(model, result, PROMPTS, [limited(q_exit(q)) for q in (0.3, 0.9, 2.0)])
-
-
-def test_the_configured_threshold_is_the_default() -> None:
-    model = tiny_model(early_exit_threshold=0.6)
-    asked = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6)
-    for arguments in ({}, {"adaptive_loop": True}, {"exit_rule": QExit(0.6)}):
-        result = model.generate(**left_padded(PROMPTS), **FULL, **arguments)
-        assert torch.equal(result.exit_depths, asked.exit_depths)
-        assert torch.equal(result.sequences, asked.sequences)
-    assert (model.generate(**left_padded(PROMPTS), **FULL, adaptive_loop=False).exit_depths == LOOPS).all()
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_early_exit_saves_the_loops(rows: int) -> None:
-    model, calls, heads = tiny_model(), [], []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: heads.append(inputs[0].shape))
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
-    result = model.generate(**left_padded(PROMPTS[:rows]), **FULL, exit_threshold=0.6)
-    prompt = [shape for shape in calls if shape[1] > 1]
-    assert len(prompt) == 2 * LOOPS  # layers x loops, whole batch
-    later = result.exit_depths[:, 1:]
-    assert sum(shape[0] for shape in calls if shape[1] == 1) == 2 * int(later.sum())
-    assert len(calls) - len(prompt) == 2 * int(later.max(0).values.sum())
-    assert int(later.sum()) < later.numel() * LOOPS
-    assert heads == [(rows, 1, 32)] * STEPS
-
-
-def test_outputs_of_a_decoding_pass() -> None:
-    """Exit probabilities are equation 3 up to the exit and NaN beyond it."""
-    model, outputs = tiny_model(), []
-    model.register_forward_hook(lambda _, __, output: outputs.append(output))
-    result = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.8, min_loops=2)
-    assert outputs[0].exit_probabilities.shape == (3, 6, LOOPS)
-    for step, output in enumerate(outputs[1:], start=1):
-        depths = result.exit_depths[:, step]
-        assert torch.equal(output.exit_depths[:, 0], depths)
-        for p, depth in zip(output.exit_probabilities[:, 0], depths, strict=True):
-            assert p[:depth].isfinite().all() and p[depth:].isnan().all() and p[0] == 0
-            assert p[:depth].sum() >= (0.8 if depth < LOOPS else 1 - 1e-6)
-
-
-def test_depths_recorded_beyond_the_last_token_are_dropped() -> None:
-    """Some devices and sharded runs go on for a pass or two after the last token."""
-    session = DepthSession(DepthOptions(QExit(0.5), 1, 3), prompt_end=4, eos_token_id=[9])
-    session.depths = [torch.tensor([[d], [d]]) for d in (3, 1, 2, 2)]
-    assert session.recorded(torch.tensor([[5, 9, 0], [5, 6, 7]])).tolist() == [[3, 1, 0], [3, 1, 2]]
-
-
-@pytest.mark.parametrize("name", ["q", "max-probability"])
-def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
-    model, rule = tiny_model(), RULES[name][0]
-    together = model.generate(**left_padded(PROMPTS), **FULL, exit_rule=rule)
-    for b, prompt in enumerate(PROMPTS):
-        alone = model.generate(prompt[None], **FULL, exit_rule=rule)
-        assert torch.equal(together.sequences[b, -STEPS:], alone.sequences[0, -STEPS:])
-        assert torch.equal(together.exit_depths[b], alone.exit_depths[0])
-
-
-def test_eager_attention_agrees() -> None:
-    results = []
-    for backend in ("sdpa", "eager"):
-        model = tiny_model(num_key_value_heads=2)
-        model.set_attn_implementation(backend)
-        results.append(model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6))
-    assert torch.equal(results[0].sequences, results[1].sequences)
-    assert torch.equal(results[0].exit_depths, results[1].exit_depths)
-    close(torch.stack(results[0].logits), torch.stack(results[1].logits))
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_depths_are_0_after_the_end(many: bool) -> None:
-    model = tiny_model()
-    free = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6)
-    end = int(free.sequences[0, -4])  # the third new token of the first row
-    ends = [end, 63] if many else end
-    result = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6, eos_token_id=ends)
-    depths = torch.zeros(3, result.exit_depths.shape[1], dtype=torch.long)
-    for b in range(3):
-        new = free.sequences[b, -STEPS:].tolist()
-        stop = min([i + 1 for i, token in enumerate(new) if token in ([end, 63] if many else [end])], default=STEPS)
-        depths[b, :stop] = free.exit_depths[b, :stop]
-        assert result.sequences[b, 6 : 6 + stop].tolist() == new[:stop]
-        assert (result.sequences[b, 6 + stop :] == 0).all()
-    assert torch.equal(result.exit_depths, depths) and (depths == 0).any()
 
 
 # --- what transformers' generate can do besides ---
@@ -396,15 +194,15 @@ def assistant() -> OuroForCausalLM:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adaptive_loop": False, "exit_threshold": 0.5}, "adaptive_loop is False, but an exit rule is given"),
-        ({"adaptive_loop": False, "exit_rule": QExit(0.5)}, "adaptive_loop is False, but an exit rule is given"),
+        ({"adaptive_loop": False, "exit_threshold": 0.5}, "adaptive_loop is False, but exit_threshold is given"),
+        ({"adaptive_loop": False, "exit_rule": QExit(0.5)}, "adaptive_loop is False, but exit_rule is given"),
         ({"exit_threshold": 0.5, "exit_rule": QExit(0.5)}, "exit_threshold and exit_rule are both given"),
         ({"exit_threshold": 0.0}, "exit_threshold is 0.0"),
         ({"exit_threshold": torch.tensor([0.5, 0.5])}, "has 2 values; the batch has 1 rows"),
         ({"min_loops": 4}, r"min_loops is 4; it must lie in 1\.\.max_loops = 3"),
         ({"min_loops": 0}, "min_loops is 0"),
-        ({"num_loop_steps": 0}, "min_loops is 1; .*max_loops = 0"),
-        ({"exit_threshold": 0.5, "use_cache": False}, "use_cache is False: early exit needs the cache"),
+        ({"num_loop_steps": 0}, r"max_loops \(or num_loop_steps\) is 0; it must be at least 1"),
+        ({"exit_threshold": 0.5, "use_cache": False}, "use_cache is False: early exit and KV policies need the cache"),
         ({"exit_threshold": 0.5, "num_beams": 2}, "run at full depth"),
         ({"exit_threshold": 0.5, "generation_config": GenerationConfig(num_beams=2)}, "run at full depth"),
         ({"exit_threshold": 0.5, "prompt_lookup_num_tokens": 2}, "run at full depth"),
