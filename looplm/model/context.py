@@ -119,8 +119,8 @@ class PassContext:
         self.kept[layer] = (key, value)
         return (key, value) if store is None else store(key, value)
 
-    def leave(self, loop: int, rows: Tensor, num_loops: int) -> None:
-        """`rows` (of the whole batch) go no further than `loop` in this pass of `num_loops`."""
+    def leave(self, loop: int, rows: Tensor | None, num_loops: int) -> None:
+        """`rows` of the whole batch (None: all) go no further than `loop` in this pass of `num_loops`."""
         if self.cache is not None:
             self.cache.leave(loop, self.length, rows, num_loops)
 

@@ -60,8 +60,9 @@ def decode(model: OuroForCausalLM, embedded: Tensor, context: PassContext, sessi
         if stops.any():
             leaving = places[stops]
             read[leaving] = state[stops]
-            whole.leave(loop, rows[leaving], options.num_loops)
-            places, state, context = places[~stops], state[~stops], context.take(~stops)
+            whole.leave(loop, rows[leaving] if len(leaving) < len(running) else None, options.num_loops)
+            places, state = places[~stops], state[~stops]
+            context = context.take(~stops) if len(places) else context
     logits = (
         model.lm_head(model.model.finish(read, live)) if len(rows) else read.new_zeros(0, 1, model.config.vocab_size)
     )

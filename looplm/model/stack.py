@@ -111,7 +111,7 @@ class OuroModel(OuroPreTrainedModel):
                 state, gate = self.loop(state, context, loop)
             states.append(state)
             gates.append(gate)
-        context.leave(num_loops, torch.arange(len(state), device=state.device), num_loops)
+        context.leave(num_loops, None, num_loops)
         pooled_blind = self.config.exit_gate_pooling == "causal_mean" and context.past_length > 0
         return states, None if pooled_blind else torch.stack(gates, dim=-1)
 
