@@ -61,7 +61,7 @@ def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
         raise ValueError(
             f"{name_or_path} has no tokenizer that can be read: save one there with save_pretrained "
-            f"({_first_line(error).rstrip(": ")})"
+            f"({_first_line(error).rstrip(': ')})"
         ) from None
 
 
