@@ -38,7 +38,9 @@ class OuroModel(OuroPreTrainedModel):
     def __init__(self, config: OuroConfig) -> None:
         super().__init__(config)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        # no padding_idx: it pins that embedding to zero, and the norms' gradients overflow at a zero state, which is
+        # what a begin token is where bos and pad share an id
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(OuroDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = OuroRMSNorm(width, eps)
         self.early_exit_gate = nn.Linear(width, 1)

@@ -74,6 +74,8 @@ class ModelSettings(Section):
     """RoPE base (Table 1 starts at 10K)."""
     max_position_embeddings: PositiveInt = 2048
     initializer_range: Positive = 0.02
+    post_norm_gain: Positive = 1.0
+    """First gain of the norms after attention and MLP; below 1, 2 L T sublayers do not drown the embedding."""
     gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -1.1
     """The gate's first bias; -1.1 gives hazards of 0.25, an exit distribution near uniform over 4 loops."""
 
@@ -174,7 +176,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"no such recipe: {path}; see recipes/demo.yaml for an example")
     try:
         return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -196,7 +198,7 @@ def _first_fault(error: ValidationError) -> str:
 
 def _places(fault: ErrorDetails) -> list[str]:
     """Where a fault is, without the alternative of a union that it is about."""
-    return [str(part) for part in fault["loc"] if not str(part).startswith(("constrained-", "literal[", "float"))]
+    return [str(part) for part in fault["loc"] if not str(part).startswith(("constrained-", "literal["))]
 
 
 def _section(places: list[str]) -> type[BaseModel]:

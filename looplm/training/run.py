@@ -60,7 +60,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OuroForCausalLM:
     """A freshly initialised model of the recipe's shape over the tokenizer's vocabulary; seeded by the recipe."""
-    fields = recipe.model.model_dump(exclude={"gate_bias", "rope_theta"})
+    fields = recipe.model.model_dump(exclude={"gate_bias", "post_norm_gain", "rope_theta"})
     config = OuroConfig(
         vocab_size=len(tokenizer),
         rope_parameters={"rope_type": "default", "rope_theta": recipe.model.rope_theta},
@@ -74,6 +74,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OuroForCa
     torch.manual_seed(recipe.seed)
     model = OuroForCausalLM(config)
     torch.nn.init.constant_(model.model.early_exit_gate.bias, recipe.model.gate_bias)
+    for name, gain in model.named_parameters():
+        if name.endswith("layernorm_2.weight"):
+            torch.nn.init.constant_(gain, recipe.model.post_norm_gain)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

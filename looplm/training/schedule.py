@@ -36,7 +36,7 @@ class Budget:
 
     steps: int | None
     minutes: float | None
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=lambda: time.monotonic())
 
     def progress(self, step: int) -> float:
         """0..1 after `step` finished steps."""

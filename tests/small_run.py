@@ -1,0 +1,96 @@
+"""A tiny corpus and recipe that train in about a second: what the tests of the training wing and the CLI share."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from looplm.data.pipeline import EncodedCorpus
+from looplm.model.configuration import OuroConfig
+from looplm.model.modeling import OuroForCausalLM
+from looplm.training.recipe import Recipe, parse_recipe
+
+WORDS = "the union of states shall people congress make law peace and war with hope for every citizen".split()
+
+
+def write_corpus(folder: Path, documents: int = 12) -> Path:
+    """Text files of random sentences over 17 words, the same at every call."""
+    folder.mkdir(parents=True)
+    for index in range(documents):
+        draw = random.Random(index)
+        lines = [" ".join(draw.choices(WORDS, k=12)) + ".\n" for _ in range(8)]
+        (folder / f"{index:02}.txt").write_text("".join(lines))
+    return folder
+
+
+def small_values(folder: Path, **sections: dict[str, Any] | Any) -> dict[str, Any]:
+    """A recipe's values: 2 layers of width 32, 3 loops, 12 steps, over the corpus that is written to `folder`."""
+    corpus = folder / "corpus"
+    values: dict[str, Any] = {
+        "output": str(folder / "out"),
+        "seed": 3,
+        "data": {"sources": [str(corpus)], "sequence_length": 32, "validation_every": 6},
+        "tokenizer": {"train_bpe": 300},
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "total_ut_steps": 3,
+            "max_position_embeddings": 64,
+        },
+        "training": {
+            "steps": 12,
+            "batch_size": 4,
+            "warmup_steps": 3,
+            "learning_rate": 3e-3,
+            "evaluations": 2,
+            "compile": "off",
+            "autocast": "none",
+        },
+    }
+    for name, changes in sections.items():
+        values[name] = {**values[name], **changes} if isinstance(changes, dict) else changes
+    if not corpus.exists():
+        write_corpus(corpus)
+    return copy.deepcopy(values)
+
+
+def small_recipe(folder: Path, **sections: dict[str, Any] | Any) -> Recipe:
+    """The checked recipe of `small_values`."""
+    return parse_recipe(small_values(folder, **sections), "small")
+
+
+def small_model(**fields: Any) -> OuroForCausalLM:
+    """A fresh fp32 model over 40 tokens; seed torch before."""
+    defaults: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "total_ut_steps": 3,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    return OuroForCausalLM(OuroConfig(**{**defaults, **fields}))
+
+
+def encoded(lengths: list[int], seed: int = 0, characters: int = 1000) -> EncodedCorpus:
+    """Documents of the given lengths: token 0, then a walk over 1..39 that mostly counts up (so it can be learnt)."""
+    generator = np.random.default_rng(seed)
+    documents = []
+    for length in lengths:
+        steps = generator.choice([1, 2, 7], size=length - 1, p=[0.8, 0.1, 0.1])
+        documents.append(np.concatenate(([0], 1 + np.cumsum(steps) % 39)))
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    return EncodedCorpus(np.concatenate(documents).astype(np.uint16), offsets, characters)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; every line has to be valid JSON."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,319 @@
+"""The trainer: it learns, repeats itself, accumulates, clips, decays what it should, stops at a bad number."""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import encoded, read_lines, small_model
+
+from looplm.data.pipeline import TrainingBatches, Windows
+from looplm.training import acceleration
+from looplm.training.recipe import TrainingSettings
+from looplm.training.schedule import exit_beta, learning_rate_factor
+from looplm.training.trainer import Trainer, build_optimizer, save_folder
+
+TRAIN, VALIDATION = encoded([300, 500, 400]), encoded([90, 60], seed=1)
+
+
+def make(folder: Path, model=None, save=lambda: None, batch_size=4, **settings) -> Trainer:
+    values = {"steps": 6, "warmup_steps": 2, "learning_rate": 3e-3, "compile": "off", "autocast": "none"}
+    settings = TrainingSettings(**{**values, "evaluations": 2, **settings}, batch_size=batch_size)
+    if model is None:
+        torch.manual_seed(0)
+        model = small_model()
+    batches = TrainingBatches(Windows(TRAIN, 24), batch_size, seed=5)
+    validation = Windows(VALIDATION, 24, keep_remainder=True)
+    return Trainer(model, batches, validation, 500, settings, folder, save)
+
+
+def losses(result) -> list[float]:
+    return [record["loss"] for record in result.history]
+
+
+def test_the_loss_of_every_loop_falls(tmp_path):
+    result = make(tmp_path, steps=60, batch_size=8, learning_rate=1e-2).run()
+    first, last = result.history[0]["loop_losses"], result.history[-1]["loop_losses"]
+    assert len(first) == 3 and first == pytest.approx([math.log(40)] * 3, abs=0.2)
+    assert all(after < before - 1 for before, after in zip(first, last, strict=True))
+    assert max(result.final.losses[:3]) < math.log(40) - 1  # on text it has not seen too
+    assert (result.steps, result.tokens) == (60, 60 * 8 * 24)
+    assert not result.compiled and result.autocast is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_prelude_layers": 1, "num_coda_layers": 1, "exit_gate_pooling": "causal_mean"},
+        {"input_injection": "add", "sandwich_norm": False, "num_key_value_heads": 1},
+        {"exit_prior": 0.4},
+    ],
+)
+def test_every_variant_of_the_model_trains(tmp_path, fields):
+    torch.manual_seed(0)
+    result = make(tmp_path, small_model(**fields), steps=40, learning_rate=1e-2).run()
+    assert result.history[-1]["loop_losses"][-1] < result.history[0]["loop_losses"][-1] - 0.5
+
+
+def test_the_same_seed_gives_the_same_losses(tmp_path):
+    one, two = (make(tmp_path / name, steps=31).run() for name in "ab")
+    assert losses(one) == losses(two) and len(losses(one)) == 4
+    assert one.evaluations == two.evaluations
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_accumulation_equals_the_larger_batch(tmp_path, dtype, tolerance):
+    torch.manual_seed(0)
+    start = small_model().to(dtype)
+    whole = make(tmp_path, copy.deepcopy(start), batch_size=8, learning_rate=1e-3)
+    parts = make(tmp_path, copy.deepcopy(start), batch_size=4, accumulation=2, learning_rate=1e-3)
+    for step in range(3):
+        one, two = whole.step(step, step / 3), parts.step(step, step / 3)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["loop_losses"] == pytest.approx(two["loop_losses"], rel=1e-5)
+        assert one["exit_probabilities"] == pytest.approx(two["exit_probabilities"], rel=1e-5)
+        assert one["tokens"] == two["tokens"] == (step + 1) * 8 * 24
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_memory_only(tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = small_model()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        results.append(losses(make(tmp_path, model, steps=31).run()))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_recorded(tmp_path, monkeypatch):
+    trainer, seen = make(tmp_path, clip=0.01), []
+
+    def norm() -> float:
+        return torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
+
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(norm()))
+    records = [trainer.step(step, step / 3) for step in range(3)]
+    assert all(record["grad_norm"] > 0.1 for record in records)
+    assert seen == pytest.approx([0.01] * 3, rel=1e-3)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_only_the_matrices_of_the_layers_decay():
+    model = small_model(num_prelude_layers=1, num_coda_layers=1, tie_word_embeddings=False)
+    optimizer = build_optimizer(model, TrainingSettings(steps=1, weight_decay=0.5, learning_rate=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert len(decayed) == 4 * 7 and all(".self_attn." in name or ".mlp." in name for name in decayed)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.coda_norm.weight"} <= kept
+    assert {"model.early_exit_gate.weight", "model.early_exit_gate.bias"} <= kept
+    assert len(decayed) + len(kept) == len(names)
+
+
+def test_decay_by_hand():
+    model = small_model()
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(model, TrainingSettings(steps=1, weight_decay=0.5, learning_rate=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(
+        model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight * (1 - 0.1 * 0.5)
+    )
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert torch.equal(model.model.early_exit_gate.bias, before.model.early_exit_gate.bias)
+
+
+def test_a_record_has_the_rate_and_beta_that_were_used(tmp_path):
+    trainer = make(
+        tmp_path, steps=10, warmup_steps=4, decay_fraction=0.5, exit_beta_start=1.0, exit_beta=0.1, learning_rate=1e-2
+    )
+    for step in (0, 3, 5, 9):
+        record = trainer.step(step, step / 10)
+        expected = 1e-2 * learning_rate_factor(step, step / 10, 4, 0.5, 0.05)
+        assert record["learning_rate"] == pytest.approx(expected)
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {record["learning_rate"]}
+        assert record["exit_beta"] == exit_beta(step / 10, 1.0, 0.6, 0.1)
+        p = record["exit_probabilities"]
+        assert sum(p) == pytest.approx(1, abs=1e-5)
+        assert record["expected_depth"] == pytest.approx(p[0] + 2 * p[1] + 3 * p[2])
+
+
+def test_the_loss_is_the_models_own_objective(tmp_path):
+    trainer = make(tmp_path)
+    reference, batch = copy.deepcopy(trainer.model).train(), trainer.batches[0]
+    out = reference(batch["input_ids"], shift_labels=batch["labels"], exit_beta=0.05)
+    record = trainer.step(0, 0.0)
+    assert record["loss"] == pytest.approx(out.loss.item(), rel=1e-6)
+    assert record["loop_losses"] == pytest.approx(out.loop_losses.tolist(), rel=1e-6)
+
+
+def test_bf16_autocast_trains_fp32_parameters(tmp_path):
+    torch.manual_seed(0)
+    result = make(tmp_path, model := small_model(), steps=41, autocast="bfloat16", learning_rate=1e-2).run()
+    assert result.autocast == "bfloat16"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses(result)[-1] < losses(result)[0] - 0.5
+
+
+@pytest.mark.parametrize("bad", [0, 4])
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path, monkeypatch, bad):
+    trainer, steps = make(tmp_path, steps=8, evaluations=1), []
+    real = trainer.step
+
+    def step(number, progress):
+        if number == bad:
+            torch.nn.init.constant_(trainer.model.model.norm.weight, math.nan)
+        steps.append(number)
+        return real(number, progress)
+
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(FloatingPointError, match=rf"^step {bad}: the loss is nan.*lower training.learning_rate"):
+        trainer.run()
+    assert steps == list(range(bad + 1))
+    records = read_lines(tmp_path / "metrics.jsonl") if bad else []
+    assert [record["step"] for record in records] == [0][:bad]
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path):
+    trainer = make(tmp_path)
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"step 7: .* the gradient norm (nan|inf)"):
+        trainer.step(7, 0.5)
+    assert torch.equal(weight, before)
+
+
+def test_a_diverged_model_is_not_saved(tmp_path):
+    saved = []
+    trainer = make(tmp_path, steps=1, save=lambda: saved.append(1))
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: torch.nn.init.constant_(trainer.model.lm_head.weight, math.nan)
+    )
+    with pytest.raises(FloatingPointError, match=r"^step 1: the validation loss by loop is \[nan"):
+        trainer.run()
+    assert saved == []
+
+
+def test_metrics_are_valid_and_restarted_by_the_next_run(tmp_path):
+    result = make(tmp_path, steps=21, evaluations=3).run()
+    records = read_lines(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [0, 10, 20]
+    evaluations = [record["evaluation"] for record in records if "evaluation" in record]
+    assert [record["step"] for record in evaluations] == [7, 14, 21]
+    assert evaluations == result.evaluations
+    assert evaluations[-1]["loop_losses"] == result.final.losses and len(result.final.losses) == 5  # T + 2
+    assert [record for record in records if "loss" in record] == result.history
+    make(tmp_path, steps=1, evaluations=1).run()
+    assert [record.get("step", "evaluation") for record in read_lines(tmp_path / "metrics.jsonl")] == [0, "evaluation"]
+
+
+def test_the_model_is_saved_at_every_evaluation(tmp_path):
+    saved = []
+    trainer = make(tmp_path, steps=8, evaluations=4)
+    trainer.save = lambda: saved.append(trainer.tokens // 96)
+    trainer.run()
+    assert saved == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("loops", "count"), [(None, 5), (2, 2), (4, 4)])
+def test_how_many_loops_are_evaluated(tmp_path, loops, count):
+    assert len(make(tmp_path, evaluation_loops=loops).evaluate(1).losses) == count
+
+
+def test_minutes_bound_the_run_and_drive_the_schedules(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    trainer = make(tmp_path, steps=None, minutes=1.0, evaluations=5, decay_fraction=0.5, warmup_steps=0)
+    real, evaluated = trainer.step, []
+
+    def step(number, progress):
+        now[0] += 6
+        return real(number, progress)
+
+    def slow_evaluation(windows, evaluate=trainer.evaluate):
+        evaluated.append(now[0])
+        now[0] += 15  # longer than the time between evaluations
+        return evaluate(windows)
+
+    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "evaluate", slow_evaluation)
+    result = trainer.run()
+    # due every 12 s: after step 2 (12 s), 3 (33 s, for two at once), 4 (54 s); at 69 s the minute is over
+    assert evaluated == [12, 33, 54, 69]
+    assert result.steps == 4 and result.minutes == pytest.approx(84 / 60)
+    assert [record["minutes"] for record in result.history] == [0.1]
+    assert result.history[0]["learning_rate"] == 3e-3
+
+
+def test_no_compiler_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(acceleration, "compiler_fault", lambda: "g++ not found")
+    result = make(tmp_path, compile="auto", steps=2).run()
+    said = capsys.readouterr().err
+    assert "layers are not compiled: no working C++ compiler; install g++" in said and "(g++ not found)" in said
+    assert result.steps == 2 and not result.compiled
+
+
+def test_progress_shows_rate_time_left_loss_and_depth(tmp_path, capsys):
+    make(tmp_path, steps=12).run()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("training")]
+    assert all(word in lines[-1] for word in ("tok/s", "left", "loss ", "depth "))
+    assert "step 6: validation loss by loop  " in captured.err
+
+
+def write_marker(text):
+    def write(folder):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(text)
+
+    return write
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "a" / "model"
+    for text in ("one", "two"):
+        save_folder(folder, write_marker(text))
+        assert (folder / "weights").read_text() == text
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_write_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "model"
+    save_folder(folder, write_marker("one"))
+
+    def fail(path):
+        write_marker("half")(path)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_folder(folder, fail)
+    assert (folder / "weights").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_leftovers_of_a_killed_save_do_not_matter(tmp_path):
+    for name in ("model.tmp", "model.old"):
+        write_marker("left")(tmp_path / name)
+    save_folder(tmp_path / "model", write_marker("new"))
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_only_whole_copy_survives_until_the_new_one_is_whole(tmp_path):
+    write_marker("only")(tmp_path / "model.old")  # killed between the two renames
+
+    def look(folder):
+        assert (tmp_path / "model.old" / "weights").read_text() == "only"
+        write_marker("new")(folder)
+
+    save_folder(tmp_path / "model", look)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
