@@ -19,6 +19,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 PROMPT = 16
 
@@ -70,8 +71,8 @@ def _full_depth(model, options) -> None:  # type: ignore[no-untyped-def]
         ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
         plain, ours = float("inf"), float("inf")
         for _ in range(options.turns):
-            plain = min(plain, _seconds_a_token(lambda n, ids=ids: _plain_decode(model, ids, n), options.tokens))
-            ours = min(ours, _seconds_a_token(lambda n, ids=ids: _generate(model, ids, n), options.tokens))
+            plain = min(plain, _seconds_a_token(partial(_plain_decode, model, ids), options.tokens))
+            ours = min(ours, _seconds_a_token(partial(_generate, model, ids), options.tokens))
         read = _bytes_a_token(model) / ours / 1e9
         print(f"{batch:6} {batch / plain:12.1f} {batch / ours:11.1f} {plain / ours:8.2f}x {read:10.1f}")
 
@@ -89,10 +90,9 @@ def _early_exit(model, options) -> None:  # type: ignore[no-untyped-def]
     confident = float("inf")
     for _ in range(options.turns):
         for m in best:
-            rule = FixedDepth(m)
-            best[m] = min(best[m], _seconds_a_token(lambda n, r=rule: _generate(model, ids, n, r), options.tokens))
+            best[m] = min(best[m], _seconds_a_token(partial(_generate, model, ids, rule=FixedDepth(m)), options.tokens))
         rule = Confidence("max_probability", 1.0)  # never sure: all loops, and a read-out after each
-        confident = min(confident, _seconds_a_token(lambda n, r=rule: _generate(model, ids, n, r), options.tokens))
+        confident = min(confident, _seconds_a_token(partial(_generate, model, ids, rule=rule), options.tokens))
     state = torch.randn(1, 1, model.config.hidden_size).bfloat16()
     head = _best(lambda: model.lm_head(state).float().argmax(-1))
     loop = (best[loops] - head) / loops
@@ -150,7 +150,8 @@ def _plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
 
     from looplm.model.layers import rotate
 
-    core, slots, new = model.model, {}, []
+    core, new = model.model, []
+    slots: dict = {}
 
     def layer(block, h, cos, sin, slot, causal):  # type: ignore[no-untyped-def]
         x, attn = block.input_layernorm(h), block.self_attn

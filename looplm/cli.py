@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -58,7 +58,11 @@ def generate(
     exit_threshold: Annotated[
         float | None, arg(help="leave the loop at this CDF, in (0, 1]; without: all loops")
     ] = None,
+    depth_budget: Annotated[float | None, arg(help="steer the threshold to this mean number of loops a token")] = None,
     loops: Annotated[int | None, arg(help="a fixed number of loops instead")] = None,
+    kv_policy: Annotated[
+        Literal["per_loop", "last", "average", "first"], arg(help="keys kept after the prompt: every loop's, or one")
+    ] = "per_loop",
     max_new_tokens: Annotated[int, arg(help="tokens to generate at most")] = 100,
     temperature: Annotated[float, arg(help="0 is greedy")] = 0.7,
     top_p: Annotated[float, arg(help="nucleus, in (0, 1]")] = 0.9,
@@ -66,8 +70,7 @@ def generate(
     json: Annotated[bool, arg(help="print tokens and depths as JSON")] = False,
 ) -> None:
     """Continue a prompt and show the depth of every token."""
-    _check_generate(exit_threshold, loops, max_new_tokens, temperature, top_p, seed)
-    from looplm.exits import QExit
+    _check_generate(exit_threshold, depth_budget, loops, max_new_tokens, temperature, top_p, seed)
     from looplm.model.loading import load_model
     from looplm.model.text import continue_text
 
@@ -77,20 +80,30 @@ def generate(
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
-        rule=None if exit_threshold is None else QExit(exit_threshold),
+        exit_threshold=exit_threshold,
+        depth_budget=depth_budget,
         num_loop_steps=loops,
+        kv_policy=kv_policy,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
-    _show(text.prompt, text.tokens, text.mean_depth, loops or looped.config.total_ut_steps, json)
+    _show(text.prompt, text.tokens, text.mean_depth, loops or looped.config.total_ut_steps, json, depth_budget)
 
 
 def _check_generate(
-    exit_threshold: float | None, loops: int | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    exit_threshold: float | None,
+    depth_budget: float | None,
+    loops: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> None:
-    if exit_threshold is not None and loops is not None:
-        raise ValueError("--exit-threshold and --loops exclude each other: early exit or a fixed depth")
+    depths = {"--exit-threshold": exit_threshold, "--depth-budget": depth_budget, "--loops": loops}
+    given = [flag for flag, value in depths.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} exclude each other: choose one way to set the depth")
     if exit_threshold is not None and not 0 < exit_threshold <= 1:
         raise ValueError(f"--exit-threshold is {exit_threshold}; it must lie in (0, 1]")
     if loops is not None and loops < 1:
@@ -105,7 +118,9 @@ def _check_generate(
         raise ValueError(f"--seed is {seed}; it must lie in 0..{2**32 - 1}")
 
 
-def _show(prompt: str, tokens: list[tuple[str, int]], mean_depth: float, loops: int, as_json: bool) -> None:
+def _show(
+    prompt: str, tokens: list[tuple[str, int]], mean_depth: float, loops: int, as_json: bool, budget: float | None
+) -> None:
     import json as json_module
 
     from rich.console import Console
@@ -123,7 +138,8 @@ def _show(prompt: str, tokens: list[tuple[str, int]], mean_depth: float, loops: 
     else:
         console.print(depth_legend(loops))
         console.print(Text(prompt), depth_text(tokens, loops), sep="", soft_wrap=True)
-    console.print(f"{mean_depth:.2f} loops a token", highlight=False)
+    asked = "" if budget is None else f" (asked for {budget:g})"
+    console.print(f"{mean_depth:.2f} loops a token{asked}", highlight=False)
 
 
 def _command() -> str:

@@ -232,7 +232,7 @@ def test_a_terminal_gets_colours_and_the_prompt_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(
         rich.console, "Console", lambda: Console(force_terminal=True, color_system="truecolor", width=60)
     )
-    cli._show("a [b] :smile: ", [("x" * 80, 1), ("y", 3)], 2.0, 3, as_json=False)
+    cli._show("a [b] :smile: ", [("x" * 80, 1), ("y", 3)], 2.0, 3, as_json=False, budget=None)
     out = capsys.readouterr().out
     assert "a [b] :smile: " in out and ";48;2;" in out and "x" * 80 in out and "2.00 loops a token" in out
 
@@ -368,7 +368,7 @@ def test_options_of_generate_out_of_range(refused, option, value, accepted):
 
 def test_two_kinds_of_depth_at_once(refused):
     line = generate_refused(refused, "never-looked-at", "--loops", 2, "--exit-threshold", 0.5)
-    assert line == "--exit-threshold and --loops exclude each other: early exit or a fixed depth"
+    assert line == "--exit-threshold and --loops exclude each other: choose one way to set the depth"
 
 
 @pytest.mark.parametrize("minutes", ["1", "nan", "inf", "-3"])

@@ -1,11 +1,11 @@
 """Text from a prompt with the depth of every token: what `looplm generate` and the demo's report show."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from looplm.exits import ExitRule
 from looplm.model.modeling import OuroForCausalLM
 
 
@@ -28,19 +28,19 @@ def continue_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    rule: ExitRule | None = None,
-    num_loop_steps: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    **depth: Any,
 ) -> DepthText:
-    """Continue a prompt; `rule` leaves loops early, None runs `num_loop_steps` (or all trained) loops.
+    """Continue a prompt.
 
     Args:
         temperature: 0 is greedy.
+        **depth: depth arguments of `OuroForCausalLM.generate`: `exit_threshold`, `depth_budget`, `kv_policy` ...
 
     Raises:
-        ValueError: an empty prompt, or one that leaves no room in the context.
+        ValueError: an empty prompt, one that leaves no room in the context, or depth arguments that do not fit.
     """
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.shape[1] == 0:
@@ -58,9 +58,7 @@ def continue_text(
     result = model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
-        exit_rule=rule,
-        adaptive_loop=rule is not None,
-        num_loop_steps=num_loop_steps,
+        **depth,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
         top_k=0 if temperature > 0 else None,

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from looplm.data.pipeline import IGNORED_LABEL, Windows, validation_batches
 from looplm.display import depth_legend, depth_plain, depth_text
-from looplm.exits import QExit, exit_cdf
+from looplm.exits import exit_cdf
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.text import continue_text
 from looplm.training.recipe import Recipe, parse_recipe
@@ -122,7 +122,7 @@ def _generate(model: OuroForCausalLM, data: PreparedData, choice: ThresholdChoic
             data.tokenizer,
             prompt,
             max_new_tokens=MAX_NEW_TOKENS,
-            rule=QExit(choice.threshold),
+            exit_threshold=choice.threshold,
             temperature=0.7,
             top_p=0.9,
             seed=index,

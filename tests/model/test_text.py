@@ -82,7 +82,7 @@ def test_greedy_text_is_that_of_generate(model, rule):
         do_sample=False,
         return_dict_in_generate=True,
     )
-    text = continue_text(model, TOKENIZER, "the loop", max_new_tokens=12, rule=rule, temperature=0)
+    text = continue_text(model, TOKENIZER, "the loop", max_new_tokens=12, exit_rule=rule, temperature=0)
     new = result.sequences[0, ids.shape[1] :].tolist()
     assert text.prompt == "the loop"
     assert text.tokens == decode_pieces(TOKENIZER, new, result.exit_depths[0].tolist())
@@ -97,11 +97,11 @@ def test_depths_follow_the_rule(model):
             ).tokens
         ]
 
-    assert set(depths()) == {3} == set(depths(rule=QExit(1.0)))  # all loops
+    assert set(depths()) == {3} == set(depths(exit_rule=QExit(1.0)))  # all loops
     assert set(depths(num_loop_steps=1)) == {1} and set(depths(num_loop_steps=2)) == {2}
-    first, *others = depths(rule=FixedDepth(1))  # the prompt runs to full depth, and the first token reads it
+    first, *others = depths(exit_rule=FixedDepth(1))  # the prompt runs to full depth, and the first token reads it
     assert first == 3 and set(others) == {1}
-    assert 1 < sum(depths(rule=QExit(0.5))) / len(depths(rule=QExit(0.5))) < 3
+    assert 1 < sum(depths(exit_rule=QExit(0.5))) / len(depths(exit_rule=QExit(0.5))) < 3
 
 
 def test_sampling_is_seeded(model):
@@ -142,4 +142,4 @@ def test_a_pooled_gate_generates_at_full_depth_only():
     text = continue_text(pooled, TOKENIZER, "the", max_new_tokens=4, temperature=0)
     assert [depth for _, depth in text.tokens] == [3] * len(text.tokens)
     with pytest.raises(ValueError, match="causal_mean"):
-        continue_text(pooled, TOKENIZER, "the", max_new_tokens=4, rule=QExit(0.5))
+        continue_text(pooled, TOKENIZER, "the", max_new_tokens=4, exit_rule=QExit(0.5))
