@@ -276,19 +276,22 @@ class LoopCache(Cache):
                 "use at most as many, or start from an empty cache"
             )
 
-    def collapse(self, policy: KVPolicy) -> None:
-        """The prompt is over: keep one slot a looped layer (`per_loop` keeps them all).
+    def check_policy(self, policy: KVPolicy) -> None:
+        """Refuse to go on under another policy than the filled positions were collapsed by.
 
         Raises:
             ValueError: the cache was collapsed under another policy.
         """
-        if policy == self.policy:
-            return
-        if self.policy != "per_loop":
+        if self.get_seq_length() and self.policy not in ("per_loop", policy):
             raise ValueError(
                 f"past_key_values is collapsed under {self.policy!r}; kv_policy {policy!r} needs an empty one"
             )
-        assert self.depths is not None
+
+    def collapse(self, policy: KVPolicy) -> None:
+        """The prompt is over: keep one slot a looped layer (`per_loop` keeps them all); see `check_policy`."""
+        if policy == self.policy:
+            return
+        assert self.depths is not None and self.policy == "per_loop"
         for layer in self.core:
             layer.collapse(policy, self.depths)
 

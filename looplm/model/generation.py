@@ -164,6 +164,7 @@ class DepthGenerationMixin(GenerationMixin):
         elif cache is not None and not isinstance(cache, LoopCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; a looped model needs a LoopCache")
         if cache is not None:
+            cache.check_policy(options.kv_policy)
             _check_filled(cache, mask, session.prompt_end)
         session.cache = cache
 

@@ -2,12 +2,13 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from checks import FULL, LOOPS, PROMPTS, STEPS, close, left_padded, limited, q_exit
-from oracle import sweep
+from oracle import Look, sweep
 from tiny import VARIANTS, tiny_config, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -81,6 +82,77 @@ def test_a_second_turn_on_the_same_cache() -> None:
     close(torch.stack(second.logits)[:, 0], torch.stack(slow.logits[at]))
     assert second.exit_depths[0].tolist() == slow.depths[at]
     assert set(slow.depths[6 : 6 + STEPS - 1]) != {LOOPS}
+
+
+def test_a_second_turn_given_as_new_tokens_only() -> None:
+    """With an attention mask of the whole conversation, transformers takes the new tokens alone."""
+    model, caches = tiny_model(), [LoopCache(tiny_config()) for _ in range(2)]
+    for cache in caches:
+        first = model.generate(**left_padded(PROMPTS[:2]), **FULL, exit_threshold=0.6, past_key_values=cache)
+    new = torch.cat([first.sequences[:, -1:], tokens(2, 3, seed=5)], dim=1)
+    mask = torch.nn.functional.pad(left_padded(PROMPTS[:2])["attention_mask"], (0, STEPS + 3), value=1)
+    whole = torch.cat([first.sequences, new[:, 1:]], dim=1)
+    results = [
+        model.generate(ids, attention_mask=mask, **FULL, exit_threshold=0.6, past_key_values=cache)
+        for ids, cache in zip((whole, new), caches, strict=True)
+    ]
+    assert torch.equal(results[0].sequences[:, -STEPS:], results[1].sequences[:, -STEPS:])
+    for name in ("exit_depths", "position_depths"):
+        assert torch.equal(results[0][name], results[1][name])
+    assert (results[0].exit_depths[:, 0] == LOOPS).all() and (results[0].exit_depths < LOOPS).any()
+
+
+def test_a_cache_must_be_a_beginning_of_the_prompt() -> None:
+    model, cache = tiny_model(), LoopCache(tiny_config())
+    first = model.generate(PROMPTS[0][None], **FULL, past_key_values=cache)
+    for text in (first.sequences[:, :-1], PROMPTS[0][None]):
+        with pytest.raises(
+            ValueError, match=rf"holds 11 positions, but the prompt has {text.shape[1]}; pass the whole"
+        ):
+            model.generate(text, **FULL, past_key_values=cache)
+
+
+def test_a_second_turn_after_rows_that_ended() -> None:
+    """Positions after a row's end were never run: they may be masked, not attended to."""
+    model = tiny_model()
+    free = model.generate(**left_padded(PROMPTS[:2]), **FULL, exit_threshold=0.6)
+    end, cache = int(free.sequences[1, 8]), LoopCache(tiny_config())
+    settings = {**FULL, "exit_threshold": 0.6, "eos_token_id": end}
+    first = model.generate(**left_padded(PROMPTS[:2]), **settings, past_key_values=cache)
+    ran = first.position_depths > 0
+    assert not ran[1, 6:].all()
+    text = torch.cat([first.sequences, tokens(2, 3, seed=5)], dim=1)
+    mask = torch.nn.functional.pad(left_padded(PROMPTS[:2])["attention_mask"], (0, text.shape[1] - 6), value=1)
+    with pytest.raises(ValueError, match=r"has nothing at position 8 of row 1, which had ended; put 0 there in"):
+        model.generate(text, attention_mask=mask, **settings, past_key_values=cache)
+    mask[:, : ran.shape[1]] &= ran
+    result = model.generate(text, attention_mask=mask, **settings, past_key_values=cache)
+    alone = text[1, mask[1].bool()]  # what row 1 sees, as a text of its own, with the depths that it has
+    depths = result.position_depths[1, : mask.shape[1]][mask[1].bool()].tolist()
+    slow = sweep(model, alone.tolist(), lambda look: look.loop >= depths[look.position], LOOPS)
+    close(result.logits[0][1], slow.logits[-1])
+
+
+def test_logits_processors() -> None:
+    """They act on the logits of the exit; depths and logits belong to the text that they made."""
+    model = tiny_model()
+    plain = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6)
+    settings = {"bad_words_ids": [[int(plain.sequences[0, 7])]], "repetition_penalty": 1.5, "output_scores": True}
+    result = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6, **settings)
+    assert not torch.equal(result.sequences, plain.sequences)
+    assert torch.equal(torch.stack(result.scores, 1).argmax(-1), result.sequences[:, -STEPS:])
+    check_text(model, result, q_exit(0.6))
+
+
+@torch.no_grad()
+def check_text(model: OuroForCausalLM, result: Any, criterion: Callable[[Look, int], bool]) -> None:
+    """Depths and logits of a text, whoever chose its tokens."""
+    for b, prompt in enumerate(PROMPTS):
+        ids, start = result.sequences[b, 6 - len(prompt) : -1].tolist(), len(prompt)
+        stop = limited(criterion)
+        slow = sweep(model, ids, lambda look, s=start, stop=stop: look.position >= s and stop(look), LOOPS)
+        close(torch.stack(result.logits, 1)[b], torch.stack(slow.logits[start - 1 :]))
+        assert result.exit_depths[b].tolist() == slow.depths[start - 1 :]
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
