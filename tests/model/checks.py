@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracle import Look, Stop, slow_generate
+from oracle import Look, Slow, Stop, slow_generate
 from tiny import VARIANTS, tokens
 from torch import Tensor
 
@@ -82,8 +82,9 @@ def check_rows(
     max_loops: int | list[int] = LOOPS,
     policy: str = "per_loop",
     prefill: str = "full",
+    min_loops: list[int] | None = None,
 ) -> None:
-    """Tokens, logits and depths of every row against the oracle."""
+    """Tokens, logits, depths and, given `min_loops`, exit probabilities of every row against the oracle."""
     logits, width = torch.stack(result.logits, dim=1), max(map(len, prompts))
     steps = logits.shape[1]
     for b, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
@@ -94,3 +95,17 @@ def check_rows(
         padding = [0] * (width - len(prompt))
         assert result.position_depths[b].tolist() == padding + slow.position_depths
         close(logits[b], slow.logits)
+        if min_loops is not None:
+            check_probabilities(result, b, slow, min_loops[b], most, prefill)
+
+
+def check_probabilities(result: Any, b: int, slow: Slow, min_loops: int, max_loops: int, prefill: str) -> None:
+    """p_t up to the exit and NaN beyond, and the survival; a full-depth prompt is read at T whatever its gates say."""
+    steps = result.exit_depths.shape[1]
+    first = len(slow.position_depths) - steps
+    for step in range(0 if prefill == "adaptive" else 1, steps):
+        p, survival = slow.probabilities(first + step, min_loops, max_loops)
+        found = result.exit_probabilities[b, step]
+        torch.testing.assert_close(found[: len(p)].float(), torch.tensor(p), rtol=1e-4, atol=1e-6)
+        assert found[len(p) :].isnan().all()
+        assert math.isclose(float(result.survival[b, step]), survival, rel_tol=1e-4, abs_tol=1e-6)

@@ -138,12 +138,26 @@ def sweep(
 
 @dataclass
 class Slow:
-    """What `slow_generate` finds: new tokens, their logits (steps, V), the depth each was read at, and all depths."""
+    """What `slow_generate` finds.
+
+    New tokens, their logits (steps, V), the depth each was read at, and of all positions the depths and gate logits.
+    """
 
     tokens: list[int]
     logits: Tensor
     depths: list[int]
     position_depths: list[int]
+    gates: list[list[float]]
+
+    def probabilities(self, position: int, min_loops: int, max_loops: int) -> tuple[list[float], float]:
+        """p_1..p_e of a position and its survival at e; hazards before min_loops are 0 and at max_loops 1."""
+        survival, p = 1.0, []
+        for loop, gate in enumerate(self.gates[position], start=1):
+            hazard = 1 / (1 + math.exp(-gate))
+            hazard = 1.0 if loop == max_loops else 0.0 if loop < min_loops else hazard
+            p.append(survival * hazard)
+            survival *= 1 - hazard
+        return p, survival
 
 
 def slow_generate(
@@ -163,4 +177,4 @@ def slow_generate(
         logits.append(done.logits[-1])
         depths.append(done.depths[-1])
         ids.append(int(done.logits[-1].argmax()))
-    return Slow(ids[len(prompt) :], torch.stack(logits), depths, done.depths)
+    return Slow(ids[len(prompt) :], torch.stack(logits), depths, done.depths, done.gates)

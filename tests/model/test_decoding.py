@@ -42,7 +42,9 @@ def test_depth_limits(rule: str, min_loops: int, max_loops: int) -> None:
     model = tiny_model()
     limits = {"min_loops": min_loops, "max_loops": max_loops}
     result = model.generate(**left_padded(PROMPTS[1:]), **FULL, exit_rule=RULES[rule][0], **limits)
-    check_rows(model, result, PROMPTS[1:], [limited(RULES[rule][1], min_loops)] * 2, max_loops)
+    check_rows(
+        model, result, PROMPTS[1:], [limited(RULES[rule][1], min_loops)] * 2, max_loops, min_loops=[min_loops] * 2
+    )
     assert result.exit_depths.min() >= min_loops and result.exit_depths.max() <= max_loops
 
 

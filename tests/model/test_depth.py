@@ -13,6 +13,8 @@ from looplm.model.cache import LoopCache
 from looplm.model.depth import BUDGET_GAIN, DepthOptions, DepthSession
 from looplm.model.outputs import OuroCausalLMOutput
 
+pytestmark = pytest.mark.filterwarnings("ignore:running . loops")
+
 CONFIG = tiny_config()  # three loops
 
 
@@ -106,7 +108,7 @@ def test_limits_one_a_row(prefill: str) -> None:
     model, least, most = tiny_model(), [1, 2, 1], [2, 4, 1]
     limits = {"min_loops": torch.tensor(least), "max_loops": torch.tensor(most)}
     result = model.generate(**left_padded(PROMPTS), **FULL, exit_threshold=0.6, prefill=prefill, **limits)
-    check_rows(model, result, PROMPTS, [limited(q_exit(0.6), low) for low in least], most, "per_loop", prefill)
+    check_rows(model, result, PROMPTS, [limited(q_exit(0.6), low) for low in least], most, "per_loop", prefill, least)
 
 
 # --- the session ---

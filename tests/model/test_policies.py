@@ -23,7 +23,7 @@ def test_every_rule_and_policy_equals_the_oracle_with_adaptive_prefill(rule: str
     result = model.generate(
         **left_padded(PROMPTS), **FULL, exit_rule=RULES[rule][0], kv_policy=policy, prefill="adaptive"
     )
-    check_rows(model, result, PROMPTS, [limited(RULES[rule][1])] * 3, LOOPS, policy, "adaptive")
+    check_rows(model, result, PROMPTS, [limited(RULES[rule][1])] * 3, LOOPS, policy, "adaptive", [1, 1, 1])
     if rule != "fixed":
         prompt = result.position_depths[0, :6]
         assert len(prompt.unique()) >= 2 and (prompt < LOOPS).any()
