@@ -115,8 +115,6 @@ class TrainingSettings(Section):
     """`auto` measures whether bf16 products pay on this machine."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers; `auto` does where a compiler works and says so where not."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention backend while training; on a CPU, compiled `eager` is faster at a hundred or so tokens a sequence."""
     gradient_checkpointing: bool = False
     """Recompute each loop pass in backward: memory of one pass instead of T."""
     evaluations: PositiveInt = 6

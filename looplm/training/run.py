@@ -77,7 +77,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OuroForCa
     for name, gain in model.named_parameters():
         if name.endswith("layernorm_2.weight"):
             torch.nn.init.constant_(gain, recipe.model.post_norm_gain)
-    model.set_attn_implementation(recipe.training.attention)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
