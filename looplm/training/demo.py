@@ -30,7 +30,7 @@ from looplm.training.run import PreparedData, build_report, train
 PROMPTS = ("The state of the Union is", "My fellow Americans, in the past year", "The Congress should")
 TARGET_DEPTHS = (4.0, 3.0, 2.0)
 MAX_NEW_TOKENS = 70
-OVERHEAD_MINUTES = 1.25
+OVERHEAD_MINUTES = 0.8
 """Kept of the demo's minutes for the data, the last evaluation and the generated text."""
 
 

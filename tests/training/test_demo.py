@@ -21,7 +21,7 @@ from looplm.training.demo import TARGET_DEPTHS, ThresholdChoice, choose_threshol
 from looplm.training.run import build_model, prepare_data
 
 
-@pytest.mark.parametrize(("minutes", "left"), [(2, 2 - 2 / 3), (3, 2), (3.75, 2.5), (10, 8.75), (60, 58.75)])
+@pytest.mark.parametrize(("minutes", "left"), [(2, 2 - 2 / 3), (2.4, 1.6), (3, 2.2), (10, 9.2), (60, 59.2)])
 def test_the_recipe_leaves_time_for_the_rest(minutes, left):
     recipe = demo_recipe(minutes, "somewhere")
     assert recipe.training.minutes == pytest.approx(left) and recipe.training.steps is None
