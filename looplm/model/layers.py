@@ -61,8 +61,8 @@ class OuroRMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D), same dtype."""
         wide = hidden.to(_wide(hidden.dtype))
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * (wide * scale).to(hidden.dtype)
+        normed = nn.functional.rms_norm(wide, wide.shape[-1:], None, self.variance_epsilon)
+        return self.weight * normed.to(hidden.dtype)
 
 
 class OuroRotaryEmbedding(nn.Module):
