@@ -128,21 +128,14 @@ class LoopSlots(CacheLayerMixin):
             for buffer, held in zip((self.keys, self.values), self._held, strict=True):
                 buffer[0, who, :, new] = (held[who] * scale).to(buffer.dtype)
 
-    def collapse(self, policy: KVPolicy, depths: Tensor) -> None:
+    def collapse(self, policy: KVPolicy, shares: Tensor) -> None:
         """Put what `policy` keeps of the per-loop slots into one; the others are freed.
 
         Args:
-            depths: (B, length) exit depths of the filled positions, 0 on padding.
+            shares: (slots, B, length) fp64, what each loop's keys of a position count for.
         """
         assert self.keys is not None and self.values is not None
-        loops = torch.arange(1, len(self.keys) + 1, device=depths.device)[:, None, None]
-        seen = (loops <= depths.clamp(min=1)).double()
-        share = {
-            "last": loops == depths.clamp(min=1),
-            "first": (loops == 1).expand_as(seen),
-            "average": seen / seen.sum(0),
-        }
-        weights = share[policy].to(self.keys.device)[:, :, None, :, None]
+        weights = shares.to(self.keys.device)[:, :, None, :, None]
         for name in ("keys", "values"):
             old = getattr(self, name)
             wide, filled = torch.promote_types(old.dtype, torch.float32), slice(self.length)
@@ -202,7 +195,7 @@ class LoopCache(Cache):
     """
 
     def __init__(self, config: OuroConfig) -> None:
-        self.layout = (config.num_prelude_layers, config.num_hidden_layers, config.num_coda_layers)
+        self.layout = _layout(config)
         self.depths: Tensor | None = None
         super().__init__(layers=[LoopSlots() for _ in range(sum(self.layout))])
 
@@ -248,7 +241,7 @@ class LoopCache(Cache):
             ValueError: made for another configuration, another batch size, or for fewer loops; or several tokens at
                 once behind a collapsed prompt.
         """
-        layout = (config.num_prelude_layers, config.num_hidden_layers, config.num_coda_layers)
+        layout = _layout(config)
         if layout != self.layout:
             raise ValueError(
                 f"past_key_values holds layers {self.layout} (prelude, core, coda); this model has {layout}"
@@ -292,8 +285,9 @@ class LoopCache(Cache):
         if policy == self.policy:
             return
         assert self.depths is not None and self.policy == "per_loop"
+        shares = _shares(policy, self.depths, self.num_loops)
         for layer in self.core:
-            layer.collapse(policy, self.depths)
+            layer.collapse(policy, shares)
 
     def leave(self, loop: int, positions: int, rows: Tensor | None, num_loops: int) -> None:
         """`rows` (None: all) go no further than `loop` in this pass of `num_loops`; see `LoopSlots.leave`."""
@@ -330,3 +324,17 @@ class LoopCache(Cache):
         """Keep (and order) the given rows."""
         super().batch_select_indices(indices)
         self.depths = None if self.depths is None else self.depths[indices.to(self.depths.device)]
+
+
+def _layout(config: OuroConfig) -> tuple[int, int, int]:
+    """Layers of prelude, core and coda."""
+    return config.num_prelude_layers, config.num_hidden_layers, config.num_coda_layers
+
+
+def _shares(policy: KVPolicy, depths: Tensor, num_loops: int) -> Tensor:
+    """What K_t counts for in the one slot of a position that left after `depths` (B, S), 0 as 1; (T, B, S) fp64."""
+    exits = depths.clamp(min=1)
+    loops = torch.arange(1, num_loops + 1, device=depths.device)[:, None, None]
+    if policy == "average":
+        return (loops <= exits).double() / exits
+    return (loops == (exits if policy == "last" else torch.ones_like(exits))).double()

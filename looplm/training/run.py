@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from looplm.data.corpora import load_corpus, split_documents
 from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
 from looplm.data.tokenizers import load_tokenizer, train_bpe
-from looplm.files import write_text
+from looplm.files import save_folder, write_text
 from looplm.model.configuration import OuroConfig
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.recipe import Recipe
-from looplm.training.trainer import Trainer, TrainingResult, save_folder
+from looplm.training.trainer import Trainer, TrainingResult
 
 
 @dataclass(frozen=True)

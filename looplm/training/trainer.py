@@ -6,7 +6,6 @@ Not here yet: stages, exact resume and several processes.
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,19 +196,3 @@ def build_optimizer(model: OuroForCausalLM, settings: TrainingSettings) -> torch
         {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
-
-
-def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name and put it in the place of the old one when it is whole."""
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

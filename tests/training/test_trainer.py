@@ -10,10 +10,11 @@ import torch
 from small_run import encoded, read_lines, small_model
 
 from looplm.data.pipeline import TrainingBatches, Windows
+from looplm.files import save_folder
 from looplm.training import acceleration
 from looplm.training.recipe import TrainingSettings
 from looplm.training.schedule import exit_beta, learning_rate_factor
-from looplm.training.trainer import Trainer, build_optimizer, save_folder
+from looplm.training.trainer import Trainer, build_optimizer
 
 TRAIN, VALIDATION = encoded([300, 500, 400]), encoded([90, 60], seed=1)
 
