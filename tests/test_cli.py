@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import looplm
 from looplm import cli
+from looplm.commands import generating
 from looplm.training.run import train
 
 ROOT = Path(looplm.__file__).parent.parent
@@ -232,7 +233,7 @@ def test_a_terminal_gets_colours_and_the_prompt_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(
         rich.console, "Console", lambda: Console(force_terminal=True, color_system="truecolor", width=60)
     )
-    cli._show("a [b] :smile: ", [("x" * 80, 1), ("y", 3)], 2.0, 3, as_json=False, budget=None)
+    generating._show("a [b] :smile: ", [("x" * 80, 1), ("y", 3)], 2.0, 3, as_json=False, budget=None)
     out = capsys.readouterr().out
     assert "a [b] :smile: " in out and ";48;2;" in out and "x" * 80 in out and "2.00 loops a token" in out
 

@@ -1,0 +1,45 @@
+"""`looplm demo` and `looplm train`: from text to a trained model folder."""
+
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from looplm.commands import command_line
+
+
+def demo(
+    minutes: Annotated[float, arg(help="wall-clock minutes in all")] = 10.0,
+    output: Annotated[str, arg(help="folder for the model and the report")] = "runs/demo",
+) -> None:
+    """Train a tokenizer and a 4-loop model on real text in minutes, then generate with early exit."""
+    from rich.console import Console
+
+    from looplm.training.demo import run_demo
+
+    run_demo(minutes, output, command_line(), Console())
+
+
+def train(
+    recipe: Annotated[Positional[str], arg(help="a YAML recipe (looplm/recipes has examples)")],
+    output: Annotated[str | None, arg(help="folder to write to, instead of the recipe's")] = None,
+) -> None:
+    """Train a model from a recipe; saves the model folder, metrics and a report."""
+    from looplm.training.recipe import load_recipe
+
+    settings = load_recipe(recipe)
+    if output is not None:
+        settings = settings.model_copy(update={"output": output})
+
+    from rich.console import Console
+
+    from looplm.training.demo import loop_table
+    from looplm.training.report import save_report
+    from looplm.training.run import build_report
+    from looplm.training.run import train as run
+
+    model, data, result = run(settings)
+    report = build_report(f"looplm train {recipe}", command_line(), settings, model, data, result)
+    page = save_report(settings.output, report)
+    console = Console()
+    console.print(loop_table(report))
+    console.print(f"model   {settings.output}/model\nreport  {page}", markup=False, highlight=False, soft_wrap=True)
