@@ -150,8 +150,6 @@ def _plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-    from looplm.model.layers import rotate
-
     core, new = model.model, []
     slots: dict = {}
 
@@ -159,6 +157,10 @@ def _plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
         wide = h.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
         return module.weight * wide.to(h.dtype)
+
+    def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
 
     def layer(block, h, cos, sin, slot, causal):  # type: ignore[no-untyped-def]
         x, attn = norm(block.input_layernorm, h), block.self_attn
@@ -179,7 +181,8 @@ def _plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
         for _ in range(tokens):
             h = core.embed_tokens(tokens_in)
             positions = torch.arange(past, past + tokens_in.shape[1])[None]
-            cos, sin = core.rotary_emb(positions, h.dtype)
+            cos, signed = core.rotary_emb(positions, h.dtype)
+            sin = torch.cat((-signed.chunk(2, dim=-1)[0], signed.chunk(2, dim=-1)[1]), dim=-1)
             for loop in range(model.config.total_ut_steps):
                 for n, block in enumerate(core.layers):
                     h = layer(block, h, cos, sin, (loop, n), tokens_in.shape[1] > 1)

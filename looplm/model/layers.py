@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from looplm.model.configuration import OuroConfig
+from looplm.model.projections import OuroLinear, bound_by_memory, project
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
@@ -21,33 +22,6 @@ Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64: the dtype of everything that must not be rounded."""
     return torch.promote_types(dtype, torch.float32)
-
-
-FEW_ROWS = 16
-"""Rows up to which a product with a weight is bound by reading the weight, on CPUs."""
-
-
-class OuroLinear(nn.Linear):
-    """A projection without bias that reads its weight at memory speed when few rows meet it on a CPU.
-
-    For one row a matrix-vector product, for a few the transposed product W x^T: 1.3 to 1.6 times the bandwidth that
-    `x W^T` reaches in bf16 (benchmarks/decode.py). Elsewhere, and where gradients are taken, an ordinary `nn.Linear`.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        rows = x.numel() // x.shape[-1]
-        plain = (
-            torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        )
-        if plain or not 1 <= rows <= FEW_ROWS or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        if rows == 1:
-            return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return torch.mm(self.weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
 
 
 class OuroRMSNorm(nn.Module):
@@ -61,6 +35,10 @@ class OuroRMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D), same dtype."""
         wide = hidden.to(_wide(hidden.dtype))
+        if bound_by_memory(hidden, self.weight) and hidden.numel() == len(self.weight):
+            flat = wide.view(-1)  # one row in decoding: five small operations instead of nine
+            scale = (torch.dot(flat, flat).item() / len(flat) + self.variance_epsilon) ** -0.5
+            return self.weight * (wide * scale).to(hidden.dtype)
         normed = nn.functional.rms_norm(wide, wide.shape[-1:], None, self.variance_epsilon)
         return self.weight * normed.to(hidden.dtype)
 
@@ -77,18 +55,17 @@ class OuroRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(B, S) positions to cos and sin, each (B, 1, S, D_h) of `dtype`; theta^(-2i / D_h), i = 0..D_h/2 - 1."""
+        """(B, S) positions to cos and signed sin (-sin, sin), each (B, 1, S, D_h) of `dtype`; theta^(-2i / D_h)."""
         head_dim = self.config.head_dim or 0
         exponent = torch.arange(0, head_dim, 2, dtype=_wide(dtype), device=positions.device) / head_dim
         angles = positions[:, None, :, None].to(_wide(dtype)) * self.config.rope_theta**-exponent
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, H, S, D_h) by its positions, rotate-half convention."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Turn (B, H, S, D_h) by its positions, rotate-half convention; `sin` carries the sign of the first half."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def eager_attention(
@@ -135,9 +112,8 @@ class OuroAttention(nn.Module):
     ) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            project(hidden).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project(hidden, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in projected)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if memory is not None:
             key, value = memory(key, value)
@@ -160,7 +136,8 @@ class OuroMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = project(hidden, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act(gate) * up)
 
 
 class OuroDecoderLayer(nn.Module):

@@ -21,8 +21,8 @@ from looplm.model.depth import DepthSession
 from looplm.model.exiting import keep, rule_in_force, select
 from looplm.model.freezing import check_depths, freeze
 from looplm.model.generation import DepthGenerationMixin
-from looplm.model.layers import OuroLinear
 from looplm.model.outputs import OuroCausalLMOutput
+from looplm.model.projections import OuroLinear
 from looplm.model.stack import OuroModel, OuroPreTrainedModel
 from looplm.objectives.expected_loss import Prior, stage_one_loss
 from looplm.objectives.token_losses import weighted_token_losses

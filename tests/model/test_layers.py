@@ -48,6 +48,17 @@ def test_rms_norm_casts_before_the_weight() -> None:
     assert torch.equal(norm(x), norm.weight * wide.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_of_one_row_without_gradients_is_that_of_many(dtype: torch.dtype) -> None:
+    norm = OuroRMSNorm(64, eps=1e-3).to(dtype)
+    randomise(norm)
+    rows = (3 * torch.randn(5, 64, generator=torch.Generator().manual_seed(1))).to(dtype)
+    with torch.no_grad():
+        alone = torch.cat([norm(row[None]) for row in rows])
+    assert alone.dtype == dtype
+    torch.testing.assert_close(alone, norm(rows), **({"rtol": 1e-6, "atol": 1e-7} if dtype != torch.bfloat16 else {}))
+
+
 def test_rotation_is_complex_multiplication() -> None:
     config = tiny_config(head_dim=8, rope_theta=100.0)
     positions = torch.tensor([[0, 1, 5], [2, 3, 120]])
