@@ -62,11 +62,9 @@ class DepthGenerationMixin(GenerationMixin):
         """Generate as transformers does, at a depth of one's choice. Depth values are numbers, or (B,) one a row.
 
         Args:
-            adaptive_loop: True leaves the loop early; by default it is True when a threshold, a rule or a budget is
-                given (or the configuration's `early_exit_threshold` is below 1).
+            adaptive_loop: leave the loop early; by default where a threshold (here or configured), rule or budget is.
             num_loop_steps: loops at full depth; the configuration's `total_ut_steps` by default.
-            exit_threshold: q of the paper's Q-exit in (0, 1]; 1.0 means all loops.
-            exit_rule: any other rule of `looplm.exits`.
+            exit_threshold, exit_rule: q of the paper's Q-exit in (0, 1], or any other rule of `looplm.exits`.
             depth_budget: mean loops a new token; the Q-exit threshold of each row is steered to it.
             min_loops, max_loops: limits of the adaptive depth; `max_loops` overrides `num_loop_steps`.
             prefill: `full` depth for the prompt, or `adaptive`: its positions stop by the rule too.
@@ -75,14 +73,13 @@ class DepthGenerationMixin(GenerationMixin):
 
         Returns:
             As transformers. With `return_dict_in_generate` also `exit_depths` (B, N) int64, the loop that each new
-            token was read at, 0 after the end; `position_depths` (B, P + N - 1), the depth of every position run, 0 on
+            token was read at, 0 after the end; `position_depths` (B, P + N - 1), that of every position run, 0 on
             padding and after the end, ready for `model(sequences[:, :-1], exit_depths=...)`; `exit_probabilities`
-            (B, N, T), NaN beyond the exit, and `survival` (B, N) at it; `reached_depth` (B,), the mean depth; `errors`,
-            a message a row that was ended because its numbers were not finite.
+            (B, N, T), NaN beyond the exit, and `survival` (B, N) at it; `reached_depth` (B,), the mean depth;
+            `errors`, a message a row that was ended because its numbers were not finite.
 
         Raises:
-            ValueError: contradicting depth arguments or values out of range.
-            FloatingPointError: every row met numbers that are not finite.
+            ValueError: contradicting depth arguments, values out of range; FloatingPointError: no row stayed finite.
         """
         options = DepthOptions.gather(
             self.config,
@@ -96,25 +93,16 @@ class DepthGenerationMixin(GenerationMixin):
             prefill=prefill,
             kv_policy=kv_policy,
         )
-        if kwargs.get("exit_at_step") is not None or kwargs.get("use_weighted_exit"):
-            if options.adaptive:
-                raise ValueError("exit_at_step and use_weighted_exit run all loops; pass adaptive_loop=False with them")
-            if isinstance(options.max_loops, Tensor):
-                raise ValueError("exit_at_step and use_weighted_exit take one number of loops, not one a row")
+        _check_selection(options, kwargs)
         kwargs.pop("depth", None)  # assisted generation hands the main model's arguments to the assistant
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        prompt = kwargs.get("inputs_embeds") if ids is None else ids
-        if prompt is not None and prompt.shape[1] == 0:
-            raise ValueError("the prompt is empty; give at least one token (the bos token, for instance)")
-        start = 1 if prompt is None else prompt.shape[1]  # without a prompt there is the bos token
+        start, new_only = _prompt(inputs, kwargs)
         session = DepthSession(options, start)
         token = _SESSION.set(session)
         try:
             result = super().generate(inputs, generation_config, depth=session, **kwargs)  # type: ignore[misc]
         finally:
             _SESSION.reset(token)
-        from_embeddings = ids is None and prompt is not None  # then the sequences are the new tokens alone
-        return _finish(result, session, 0 if from_embeddings else start)
+        return _finish(result, session, 0 if new_only else start)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
@@ -167,6 +155,27 @@ class DepthGenerationMixin(GenerationMixin):
             cache.check_policy(options.kv_policy)
             _check_filled(cache, mask, session.prompt_end)
         session.cache = cache
+
+
+def _check_selection(options: DepthOptions, kwargs: dict[str, Any]) -> None:
+    """The arguments that read a loop after running all of them do not go with early exit."""
+    if kwargs.get("exit_at_step") is None and not kwargs.get("use_weighted_exit"):
+        return
+    if options.adaptive:
+        raise ValueError("exit_at_step and use_weighted_exit run all loops; pass adaptive_loop=False with them")
+    if isinstance(options.max_loops, Tensor):
+        raise ValueError("exit_at_step and use_weighted_exit take one number of loops, not one a row")
+
+
+def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[int, bool]:
+    """Length of the prompt, and whether the sequences will hold the new tokens alone (a prompt of embeddings)."""
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    prompt = kwargs.get("inputs_embeds") if ids is None else ids
+    if prompt is None:
+        return 1, False  # without a prompt there is the bos token
+    if prompt.shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token (the bos token, for instance)")
+    return prompt.shape[1], ids is None
 
 
 def _check_filled(cache: LoopCache, mask: Tensor | None, prompt_end: int) -> None:
