@@ -46,7 +46,6 @@ class Patched:
         return self.patched.logit_difference(token, other) - self.target.logit_difference(token, other)
 
 
-@torch.no_grad()
 def patch(
     model: OuroForCausalLM,
     source: Tensor,

@@ -22,7 +22,7 @@ READ_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class LoopRun:
-    """A pass at full depth, kept loop by loop.
+    """A pass at full depth, kept loop by loop; nothing here carries gradients.
 
     Attributes:
         start: (B, S, D), the core's input: the embeddings, behind the prelude where there is one.
@@ -38,6 +38,7 @@ class LoopRun:
     gate_logits: Tensor
     head: nn.Linear
 
+    @torch.no_grad()
     def logits(self, loop: int | None = None) -> Tensor:
         """(B, S, V) after `loop` (counted from 1), or after the last one.
 
@@ -49,6 +50,7 @@ class LoopRun:
             raise ValueError(f"loop is {loop}; this pass ran loops 1..{number}")
         return self.head(self.reads[number - 1 if loop is None else loop - 1])
 
+    @torch.no_grad()
     def logit_difference(self, token: int, other: int) -> Tensor:
         """Logit of `token` less that of `other` after every loop, (B, S, T) fp32; takes no vocabulary product.
 
@@ -66,6 +68,7 @@ class LoopRun:
         rows, size = self.reads[0].shape[:2].numel(), max(READ_BYTES // (4 * len(self.head.weight)), 1)
         return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
+    @torch.no_grad()
     def log_probabilities(self, loop: int, part: slice) -> Tensor:
         """log p^(loop) at some of the flattened positions, (n, V) fp32 (fp64 for fp64 states)."""
         return _wide(self.head(self.reads[loop - 1].flatten(0, 1)[part])).log_softmax(-1)

@@ -236,7 +236,6 @@ def _motion(run: LoopRun) -> dict[str, list[Any]]:
     return {"change": change, "cosine": cosine}
 
 
-@torch.no_grad()
 def _read(run: LoopRun, ids: list[int], top_k: int) -> dict[str, list[Any]]:
     """Everything that needs the vocabulary, (T, S), a chunk of positions and one loop at a time."""
     last = len(run.reads)
