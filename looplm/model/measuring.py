@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplm.exits import exit_probabilities
 from looplm.model.modeling import OuroForCausalLM
@@ -75,7 +75,7 @@ def measure_text(
     return TextMeasurement(targets, (nats / targets).tolist(), (mass / targets).tolist())
 
 
-def encode_text(model: OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def encode_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """The tokens of a text, (S,) int64, special tokens read as the characters that they are written with.
 
     Raises:
