@@ -13,8 +13,9 @@ the same function, and what does not:
   because the last of T' loops takes the remaining mass (equation 3).
 - ABAB with K times the layers and a K-th of the loops runs the same layers in the same order, but the old model
   applies its final norm after every copy of the stack and the new one only after the K-th: N(M(M(h))) instead of
-  N(M(N(M(h)))). The two are equal where that norm leaves the state between the copies as it is, and nothing is injected
-  there (`input_injection="add"` adds the core's input between the copies, too). A trained norm does not leave it.
+  N(M(N(M(h)))). It is the same function where there is no norm between the loops (`loop_norm` off, as in retrofits), or
+  where that norm leaves the state as it is, which a trained one does not; and where nothing is injected between the
+  copies (`input_injection` none).
 - AABB never runs the layers in the old order. It, and ABAB at the same number of loops, keep the function only where
   the added layers add nothing to the residual stream.
 

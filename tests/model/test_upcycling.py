@@ -27,7 +27,7 @@ def slow_states(model, ids, plan, loops):
             state = state + context.core_input
         for index in plan:
             state = stack.layers[index](state, context.rotary, context.mask)
-        state = stack.norm(state)
+        state = stack.norm(state) if model.config.loop_norm else state
         states.append(state)
     return states
 
@@ -108,21 +108,30 @@ def test_the_exit_distribution_gives_the_rest_to_the_last_loop():
     torch.testing.assert_close(after[..., 1], before[..., 1:].sum(-1), rtol=1e-6, atol=1e-7)
 
 
-def test_abab_with_half_the_loops_is_the_same_function_but_for_the_norm_between_the_copies():
-    model = tiny_model(total_ut_steps=4)
-    deeper = upcycle(model, num_hidden_layers=4, total_ut_steps=2)
-    assert (states(deeper)[-1] - states(model)[-1]).abs().max() > 0.1  # the norm matters
-    for each in (model, deeper):
-        each.model.norm = nn.Identity()
+def halved(**fields):
+    """A model of 2 layers and 4 loops, and the one of 4 layers and 2 loops."""
+    model = tiny_model(total_ut_steps=4, **fields)
+    return model, upcycle(model, num_hidden_layers=4, total_ut_steps=2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_prelude_layers": 1, "num_coda_layers": 2, "sandwich_norm": False}])
+def test_abab_with_half_the_loops_is_the_same_function_where_no_norm_stands_between_the_loops(fields):
+    model, deeper = halved(loop_norm=False, **fields)
     for new, old in zip(states(deeper), states(model)[1::2], strict=True):
         assert torch.equal(new, old)
+    assert torch.equal(deeper(IDS).logits, model(IDS).logits)
 
 
-def test_with_injection_the_norm_is_not_the_only_difference():
-    model = tiny_model(total_ut_steps=4, input_injection="add")
-    deeper = upcycle(model, num_hidden_layers=4, total_ut_steps=2)
+def test_the_norm_between_the_loops_is_the_only_difference():
+    model, deeper = halved()
+    assert (states(deeper)[-1] - states(model)[-1]).abs().max() > 0.1
     for each in (model, deeper):
         each.model.norm = nn.Identity()
+    assert torch.equal(states(deeper)[-1], states(model)[-1])
+
+
+def test_an_injection_between_the_copies_is_one_too():
+    model, deeper = halved(loop_norm=False, input_injection="add")
     assert (states(deeper)[-1] - states(model)[-1]).abs().max() > 0.1
 
 
