@@ -10,7 +10,6 @@ from looplm.exits import QExit
 from looplm.model import loop_hook
 from looplm.model.context import PassContext
 
-CHANGED = {**VARIANTS, "no-loop-norm": {"loop_norm": False}}
 PLAIN = tiny_model()
 IDS = tokens(2, 5)
 
@@ -21,10 +20,10 @@ def steered(model, strength=1.0):
     return lambda state, loop: state + strength * loop * step
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_replaced_state_is_what_gate_head_and_the_next_loop_read(name):
     """Against loops called by hand, without hooks."""
-    model, fn = tiny_model(**CHANGED[name]), steered(tiny_model())
+    model, fn = tiny_model(**VARIANTS[name]), steered(tiny_model())
     core = model.model
     with torch.no_grad():
         with loop_hook(model, fn, loop=2):
@@ -41,10 +40,10 @@ def test_a_replaced_state_is_what_gate_head_and_the_next_loop_read(name):
     assert torch.equal(out.logits, logits) and not torch.allclose(out.logits, unhooked)
 
 
-@given(st.sampled_from(sorted(CHANGED)), st.sampled_from([None, 1, 2, 3]), st.booleans(), st.integers(0, 99))
+@given(st.sampled_from(sorted(VARIANTS)), st.sampled_from([None, 1, 2, 3]), st.booleans(), st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_a_hook_that_returns_the_state_changes_nothing(name, loop, returns, seed):
-    model, ids = tiny_model(**CHANGED[name]), tokens(2, 6, seed=seed)
+    model, ids = tiny_model(**VARIANTS[name]), tokens(2, 6, seed=seed)
     with torch.no_grad():
         expected = model(ids, labels=ids, skip_logits=False)
         with loop_hook(model, lambda state, _: state if returns else None, loop):
@@ -93,9 +92,9 @@ def test_a_state_is_differentiable_through_a_hook():
 
 
 @pytest.mark.parametrize("prefill", ["full", "adaptive"])
-@pytest.mark.parametrize("name", ["plain", "injection", "no-loop-norm"])
+@pytest.mark.parametrize("name", ["plain", "injection", "retrofit"])
 def test_a_generation_under_a_hook_replays_exactly_under_it(name, prefill):
-    model = tiny_model(**CHANGED[name])
+    model = tiny_model(**VARIANTS[name])
     with torch.no_grad(), loop_hook(model, steered(model, 0.3)):
         text = model.generate(
             IDS,

@@ -11,14 +11,13 @@ from tiny import VARIANTS, tiny_model, tokens
 from looplm.model import readout
 from looplm.model.readout import divergence, run_loops
 
-CHANGED = {**VARIANTS, "no-loop-norm": {"loop_norm": False}}
 IDS = tokens(2, 5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CHANGED)
-def test_every_loops_logits_are_those_of_the_model_stopped_there(name):
-    model = tiny_model(**CHANGED[name])
+@pytest.mark.parametrize("fields", [*VARIANTS.values(), {"loop_norm": False}], ids=[*VARIANTS, "no-loop-norm"])
+def test_every_loops_logits_are_those_of_the_model_stopped_there(fields):
+    model = tiny_model(**fields)
     run = run_loops(model, IDS)
     out = model(IDS, output_hidden_states=True)
     assert torch.equal(run.start, out.hidden_states[0]) and torch.equal(run.gate_logits, out.gate_logits)
