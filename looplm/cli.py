@@ -14,8 +14,18 @@ import tyro
 from looplm.commands.converting import retrofit
 from looplm.commands.generating import generate
 from looplm.commands.training import demo, train
+from looplm.commands.upcycling import convert, upcycle
+from looplm.commands.verifying import verify
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate, "retrofit": retrofit}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "retrofit": retrofit,
+    "upcycle": upcycle,
+    "convert": convert,
+    "verify": verify,
+}
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

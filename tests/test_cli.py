@@ -112,6 +112,9 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output"]),
         (["retrofit", "--help"], ["--core", "--choose", "--loops", "--text"]),
+        (["upcycle", "--help"], ["--layers", "--arrangement", "--loops", "--text"]),
+        (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
+        (["verify", "--help"], ["--text", "--json"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
     ],
 )
