@@ -13,6 +13,7 @@ import tyro
 
 from looplm.commands.converting import retrofit
 from looplm.commands.generating import generate
+from looplm.commands.inspecting import trace
 from looplm.commands.training import demo, train
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "trace": trace,
     "retrofit": retrofit,
     "upcycle": upcycle,
     "convert": convert,

@@ -116,6 +116,7 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
         (["verify", "--help"], ["--text", "--json"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
+        (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

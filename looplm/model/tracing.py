@@ -27,6 +27,17 @@ from looplm.files import write_json
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import LoopRun, divergence, run_loops
 
+MEASURES = {
+    "next_loss": "Next loss",
+    "entropy": "Entropy",
+    "kl_to_final": "KL to last",
+    "hazard": "Hazard",
+    "exit_probability": "Exit prob.",
+    "change": "Change",
+    "cosine": "Cosine",
+}
+"""The numbers of a `LoopReading` that tables show, and what they are called there."""
+
 
 @dataclass(frozen=True)
 class Candidate:
