@@ -52,8 +52,8 @@ def retrofit(dense: PreTrainedModel, core: range, loops: int) -> OuroForCausalLM
     weights = {_place(name, core): value for name, value in dense.state_dict().items()}
     if config.num_coda_layers:
         weights["model.coda_norm.weight"] = weights.pop("model.norm.weight")
-    looped = OuroForCausalLM(config)
-    looped.to(dtype=dense.dtype)
+    made: Any = OuroForCausalLM(config)  # its `to` is typed for a model alone
+    looped: OuroForCausalLM = made.to(device=dense.device, dtype=dense.dtype)
     missing, unexpected = looped.load_state_dict(weights, strict=False)
     new = {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
     if config.num_coda_layers:
@@ -62,7 +62,7 @@ def retrofit(dense: PreTrainedModel, core: range, loops: int) -> OuroForCausalLM
     with torch.no_grad():
         looped.model.early_exit_gate.weight.zero_()
         looped.model.early_exit_gate.bias.fill_(-math.log(loops - 1) if loops > 1 else 0.0)
-    return looped.to(dense.device).eval()
+    return looped.eval()
 
 
 def check_core(core: range, num_layers: int) -> None:
