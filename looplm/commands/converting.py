@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from looplm.commands import command_line
+from looplm.commands import command_line, public_name, share_done
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def retrofit(
     source: Annotated[Positional[str], arg(help="a dense model: a folder, a hub name, a .gguf file or smollm2")],
-    output: Annotated[str, arg(help="folder to write, which must not exist")],
+    output: Annotated[str, arg(help="folder for the looped model")],
     loops: Annotated[int, arg(help="T, how often the core runs")] = 3,
     core: Annotated[
         str | None, arg(metavar="FIRST:END", help="layers that loop, counted from 0, the end not included")
@@ -24,48 +24,62 @@ def retrofit(
     text: Annotated[str | None, arg(help="text to measure on: a file; a short shipped one without")] = None,
 ) -> None:
     """Make a dense Llama, Mistral, SmolLM2, Qwen2 or Qwen3 model looped; untrained, it is the dense model in loop 1."""
-    given = _check(output, loops, core, choose)
+    given = _check(loops, core, choose)
 
     from rich.console import Console
 
     from looplm.data.texts import read_text
-    from looplm.files import save_folder, write_json
     from looplm.model.dense import load_dense
     from looplm.model.measuring import encode_text, measure_text
     from looplm.model.retrofitting import block_influence, check_core, choose_core
     from looplm.model.retrofitting import retrofit as convert
+    from looplm.model.saving import require_new_folder
 
-    passage, console = read_text(text), Console()
-    console.print(f"reading {source}", markup=False, highlight=False, soft_wrap=True)
+    folder, words, console = require_new_folder(output), read_text(text), Console()
     dense, tokenizer = load_dense(source)
     if given is not None:
         check_core(given, dense.config.num_hidden_layers)
-    influence = block_influence(dense, encode_text(dense, tokenizer, passage))
+    influence = block_influence(dense, encode_text(dense, tokenizer, words))
     chosen = choose_core(influence, choose or 0) if given is None else given
     console.print(_influence_table(influence, chosen))
     looped = convert(dense, chosen, loops)
-    losses = measure_text(looped, tokenizer, passage).losses
+    with share_done("measuring the looped model") as progress:
+        losses = measure_text(looped, tokenizer, words, progress=progress).losses
     console.print(_loss_table(losses))
     record = {
         "command": command_line(),
-        "source": source,
-        "text": text,
+        "source": public_name(source),
+        "layers": dense.config.num_hidden_layers,
         "core": [chosen.start, chosen.stop],
         "loops": loops,
+        "measured_on": "the text that ships with looplm" if text is None else Path(text).name,
         "block_influence": influence,
         "losses_before_training": losses,
     }
-
-    def write(folder: Path) -> None:
-        looped.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "retrofit.json", record)
-
-    save_folder(Path(output), write)
+    _save(folder, looped, tokenizer, record)
     console.print(f"model   {output}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _check(output: str, loops: int, core: str | None, choose: int | None) -> range | None:
+def _save(folder: Path, looped: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """The model folder with its card and what was measured."""
+    from looplm.files import save_folder, write_json
+    from looplm.model.saving import Provenance, write_model
+
+    first, end = record["core"]
+    origin = (
+        f"Retrofitted from {record['source']}: of its {record['layers']} layers those from {first} to {end - 1} "
+        f"(counted from 0) loop {record['loops']} times. Not trained since."
+    )
+    losses, measured_on = record["losses_before_training"], record["measured_on"]
+
+    def write(path: Path) -> None:
+        write_model(path, looped, tokenizer, Provenance(origin, losses=losses, measured_on=measured_on))
+        write_json(path / "retrofit.json", record)
+
+    save_folder(folder, write)
+
+
+def _check(loops: int, core: str | None, choose: int | None) -> range | None:
     """The core given by hand, if one was."""
     if (core is None) == (choose is None):
         raise ValueError("give exactly one of --core FIRST:END and --choose LAYERS")
@@ -73,11 +87,6 @@ def _check(output: str, loops: int, core: str | None, choose: int | None) -> ran
         raise ValueError(f"--loops is {loops}; it must be at least 1")
     if choose is not None and choose < 1:
         raise ValueError(f"--choose is {choose}; it must be at least 1")
-    if not output or Path(output).exists():
-        raise ValueError(f"--output {output!r} exists already or is empty; give the name of a new folder")
-    for parent in Path(output).parents:
-        if parent.is_file():
-            raise ValueError(f"--output {output!r} cannot be made: {parent} is a file")
     if core is None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", core)

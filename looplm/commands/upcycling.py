@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from looplm.commands import share_done
+from looplm.commands import public_name, share_done
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ def upcycle(
     with share_done("measuring the new model") as progress:
         after = measure_text(new, tokenizer, words, deepest, progress)
     shapes = [f"{each.config.num_hidden_layers} layers x {each.config.total_ut_steps} loops" for each in (old, new)]
-    origin = f"Upcycled from {_public_name(model)}: {shapes[0]} became {shapes[1]}"
+    origin = f"Upcycled from {public_name(model)}: {shapes[0]} became {shapes[1]}"
     origin += f", {arrangement}." if layers else "."
     measured_on = "the text that ships with looplm" if text is None else Path(text).name
     save_model(
@@ -78,7 +78,7 @@ def convert(
     looped, tokenizer = load_model(model)
     before = [getattr(looped.config, name) for name in TOKENS]
     change(looped, tokenizer, None if dtype is None else getattr(torch, DTYPES[dtype]))
-    origin = f"Converted by looplm from {_public_name(model)}: ChatML tokens and template; the weights are unchanged"
+    origin = f"Converted by looplm from {public_name(model)}: ChatML tokens and template; the weights are unchanged"
     save_model(output, looped, tokenizer, Provenance(f"{origin} but for their dtype." if dtype else f"{origin}."))
     changes = zip(TOKENS, before, (getattr(looped.config, name) for name in TOKENS), strict=True)
     tokens = ", ".join(f"{name.removesuffix('_token_id')} {old} -> {new}" for name, old, new in changes)
@@ -87,11 +87,6 @@ def convert(
     console.print("template ChatML; enable_thinking=True opens the answer with <think>", highlight=False, markup=False)
     console.print(f"dtype    {str(looped.dtype).removeprefix('torch.')}", highlight=False)
     console.print(f"model    {output}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _public_name(model: str) -> str:
-    """The name for a card: of a hub model as it is, of a folder without the folders around it."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _before_after(

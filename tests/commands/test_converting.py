@@ -75,6 +75,9 @@ def test_a_core_by_hand(retrofit, folder) -> None:
     torch.testing.assert_close(looped(ids, num_loop_steps=1).logits, small_llama()(ids).logits, rtol=1e-5, atol=1e-5)
     record = json.loads((folder / "out" / "retrofit.json").read_text())
     assert (record["core"], record["loops"], record["source"]) == ([1, 3], 2, "small.gguf")
+    assert (
+        "Retrofitted from small.gguf: of its 4 layers those from 1 to 2" in (folder / "out" / "README.md").read_text()
+    )
     assert [f"{loss:.4f}" in out for loss in record["losses_before_training"]] == [True, True]
     assert sorted(path.name for path in folder.iterdir()) == ["dense", "gpt2", "mute", "out", "small.gguf", "text.txt"]
 
@@ -85,7 +88,7 @@ def test_a_chosen_core_and_the_shipped_text(retrofit, folder) -> None:
     record = json.loads((folder / "new" / "out" / "retrofit.json").read_text())
     influence, (first, end) = record["block_influence"], record["core"]
     sums = [sum(influence[start : start + 2]) for start in range(3)]
-    assert end - first == 2 and sums[first] == min(sums) and record["text"] is None
+    assert end - first == 2 and sums[first] == min(sums) and record["measured_on"] == "the text that ships with looplm"
     assert len(record["losses_before_training"]) == load_model("new/out")[0].config.total_ut_steps == 3
 
 
@@ -100,8 +103,7 @@ def test_a_chosen_core_and_the_shipped_text(retrofit, folder) -> None:
         ("dense --output out --choose 5", "a core of 5 layers cannot be chosen of 4; give 1 to 4"),
         ("dense --output out --choose 0", "--choose is 0; it must be at least 1"),
         ("dense --output out --core 1:2 --loops 0", "--loops is 0; it must be at least 1"),
-        ("dense --output gpt2 --core 1:2", "--output 'gpt2' exists already or is empty; give the name of a new folder"),
-        ("dense --output text.txt/out --core 1:2", "--output 'text.txt/out' cannot be made: text.txt is a file"),
+        ("dense --output gpt2 --core 1:2", "gpt2 exists and is not an empty folder; give a new one"),
         ("dense --output out --core 1:2 --text none.txt", "the text none.txt cannot be read"),
         ("gpt2 --output out --core 1:2", "gpt2: a 'gpt2' model cannot be retrofitted; supported are Llama"),
         ("mute --output out --core 1:2", "mute: no tokenizer at mute"),
@@ -114,3 +116,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(retrofit, folder, argument
     code, _, err = retrofit(*arguments.split())
     assert code == 2 and err.startswith(f"looplm: {line}") and err.count("\n") == 1, err
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_made(retrofit, folder) -> None:
+    code, _, err = retrofit("dense", "--output", "text.txt/out", "--core", "1:2")
+    assert code == 2 and err.splitlines()[-1].startswith("looplm: [Errno ") and "Traceback" not in err
+    assert (folder / "text.txt").read_text() == TEXT
