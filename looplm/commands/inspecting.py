@@ -32,10 +32,11 @@ def trace(
     with catch_warnings():  # the table says it
         filterwarnings("ignore", message="running .* loops, but the model was trained with")
         found = run(looped, tokenizer, prompt, loops=loops, top_k=top_k)
+    page = trace_page(found, model, exit_threshold)
     if json is not None:
         found.save(json)
     if html is not None:
-        write_text(html, trace_page(found, model, exit_threshold))
+        write_text(html, page)
     _show(found, exit_threshold, [("json", json), ("page", html)])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from looplm.model.hooks import loop_hook
 from looplm.model.modeling import OuroForCausalLM
-from looplm.model.readout import LoopRun, divergence, run_loops
+from looplm.model.readout import LoopRun, check_ids, divergence, run_loops
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def patch(
     number = model.config.total_ut_steps if loops is None else loops
     if not 1 <= loop <= number:
         raise ValueError(f"loop is {loop}; it must lie in 1..{number}, the loops that are run")
-    donor = run_loops(model, source, loops, "source")
-    unpatched = run_loops(model, target, loops, "target")
+    inputs = {"source": source, "target": target}
+    for name, ids in inputs.items():
+        check_ids(ids, model, name)
     if len(source) != len(target):
         raise ValueError(f"source has {len(source)} rows and target {len(target)}; give one source a target")
-    taken, put = (_places(positions, ids.shape[1], name) for name, ids in (("source", source), ("target", target)))
+    taken, put = (_places([int(place) for place in positions], ids.shape[1], name) for name, ids in inputs.items())
+    donor, unpatched = (run_loops(model, ids, loops) for ids in inputs.values())
 
     def replace(state: Tensor, _: int) -> Tensor:
         state = state.clone()
@@ -82,11 +84,11 @@ def patch(
         return state
 
     with loop_hook(model, replace, loop):
-        patched = run_loops(model, target, loops, "target")
+        patched = run_loops(model, target, loops)
     return Patched(donor, unpatched, patched, loop, _effects(unpatched, patched, loop))
 
 
-def _places(positions: Sequence[int], length: int, name: str) -> list[int]:
+def _places(positions: list[int], length: int, name: str) -> list[int]:
     """Positions counted from the start, checked against an input's length."""
     if not positions:
         raise ValueError("positions is empty; name at least one position to patch")
@@ -98,7 +100,7 @@ def _places(positions: Sequence[int], length: int, name: str) -> list[int]:
             )
     places = [position % length for position in positions]
     if len(set(places)) < len(places):
-        raise ValueError(f"positions is {list(positions)}, which names a position of {name} twice")
+        raise ValueError(f"positions is {positions}, which names a position of {name} twice")
     return places
 
 

@@ -85,7 +85,7 @@ def run_loops(model: OuroForCausalLM, ids: Tensor, loops: int | None = None, nam
     Raises:
         ValueError: ids of another shape or outside the vocabulary, more positions than the context, loops below 1.
     """
-    _check_ids(ids, model, name)
+    check_ids(ids, model, name)
     core, training = model.model, model.training
     model.eval()
     try:
@@ -109,7 +109,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_ids(ids: Tensor, model: OuroForCausalLM, name: str) -> None:
+def check_ids(ids: Tensor, model: OuroForCausalLM, name: str) -> None:
+    """Refuse ids that `run_loops` cannot run; raises its ValueErrors."""
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         kind = f"{tuple(ids.shape)} {ids.dtype}"
         raise ValueError(f"{name} is {kind}; it must be (B, S) token ids with at least one row and one token")

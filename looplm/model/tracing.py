@@ -59,8 +59,8 @@ class LoopReading:
         entropy: of the read-out, nats.
         kl_to_final: KL(read-out of this loop || read-out of the last one), nats.
         next_loss: -log of the probability given to the token that follows in the text, nats; None at its end.
-        change: relative L2 change of the state since the loop before; None at loop 1, whose predecessor, the
-            embedding, is no loop's state.
+        change: relative L2 change of the state since the loop before; None at loop 1, whose predecessor, the core's
+            input, is no loop's state.
         cosine: between the two states; None at loop 1.
     """
 
@@ -173,11 +173,15 @@ def trace(
     Raises:
         ValueError: a text that is empty, no valid Unicode or longer than the context, `loops` below 1, `top_k` outside
             1..V.
+        FloatingPointError: states that are not finite.
     """
     if not 1 <= top_k <= model.config.vocab_size:
         raise ValueError(f"top_k is {top_k}; it must lie in 1..{model.config.vocab_size}, the vocabulary")
     ids = _encode(tokenizer, text)
     run = run_loops(model, torch.tensor([ids]), loops, "the text")
+    for loop, read in enumerate(run.reads, start=1):
+        if not bool(torch.isfinite(read).all() and torch.isfinite(run.gate_logits[..., loop - 1]).all()):
+            raise FloatingPointError(f"the states after loop {loop} are not finite; check the weights")
     numbers = {**_gates(run), **_motion(run), **_read(run, ids, top_k)}
     texts = _Texts(tokenizer)
     number = len(run.states)

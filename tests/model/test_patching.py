@@ -94,7 +94,7 @@ def test_earlier_positions_do_not_see_a_patch(name, seed, loop, position):
 
 def test_inputs_of_two_lengths_are_patched_from_their_ends():
     model, source, target = MODELS["plain"], tokens(1, 4, seed=1), tokens(1, LENGTH, seed=2)
-    found = patch(model, source, target, loop=2, positions=[-1, 0])
+    found = patch(model, source, target, loop=2, positions=torch.tensor([-1, 0]))
     with torch.no_grad():
         expected = by_hand(model, source, target, 2, [3, 0], [5, 0])
     assert torch.equal(found.patched.logits(), expected[-1])

@@ -215,6 +215,17 @@ def test_bad_input_is_refused(text, options, message):
         trace(MODEL, TOKENIZER, text, **options)
 
 
+def test_states_that_are_not_finite_are_refused():
+    def spoil(state, loop):
+        return state / 0
+
+    with (
+        loop_hook(MODEL, spoil, loop=2),
+        pytest.raises(FloatingPointError, match="the states after loop 2 are not finite; check the weights"),
+    ):
+        trace(MODEL, TOKENIZER, TEXT)
+
+
 def test_values_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Candidate(1, "a", 0.5).id = 2
