@@ -11,10 +11,23 @@ from typing import Any
 
 import tyro
 
+from looplm.commands.converting import retrofit
 from looplm.commands.generating import generate
+from looplm.commands.inspecting import trace
 from looplm.commands.training import demo, train
+from looplm.commands.upcycling import convert, upcycle
+from looplm.commands.verifying import verify
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "trace": trace,
+    "retrofit": retrofit,
+    "upcycle": upcycle,
+    "convert": convert,
+    "verify": verify,
+}
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -111,7 +111,12 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["--help"], ["demo", "train", "generate", "The toolkit for looped language models"]),
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output"]),
+        (["retrofit", "--help"], ["--core", "--choose", "--loops", "--text"]),
+        (["upcycle", "--help"], ["--layers", "--arrangement", "--loops", "--text"]),
+        (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
+        (["verify", "--help"], ["--text", "--json"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
+        (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

@@ -42,6 +42,11 @@ class OuroConfig(PreTrainedConfig):
         num_prelude_layers: untied layers run once before the core (middle looping; 0 in Ouro).
         num_coda_layers: untied layers run once after the exit, before the head (0 in Ouro).
         sandwich_norm: RMSNorm after as well as before attention and MLP (True in Ouro, section 4.1).
+        loop_norm: the norm after every loop makes the state (True in Ouro). False, for retrofits: the state is the
+            residual stream as it is, which the next loop and the coda get; only the gate, and the head where there is
+            no coda, read it through the norm.
+        qkv_bias: biases on the query, key and value products (Qwen2; none in Ouro).
+        qk_norm: RMSNorm of each head's queries and keys before RoPE (Qwen3; none in Ouro).
         input_injection: `none` (Ouro, section 3.1) or `add`: the core's input is added to the state before every
             loop but the first, whose state it already is.
         exit_gate_pooling: `token` (Ouro: the gate reads its own token's state) or `causal_mean` (it reads the mean of
@@ -81,6 +86,9 @@ class OuroConfig(PreTrainedConfig):
     num_prelude_layers: int = 0
     num_coda_layers: int = 0
     sandwich_norm: bool = True
+    loop_norm: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
     input_injection: str = "none"
     exit_gate_pooling: str = "token"
     exit_beta: float | int = 0.05

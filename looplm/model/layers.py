@@ -1,8 +1,9 @@
 """The layers of the stack: RMSNorm, rotary positions, attention, SwiGLU and the sandwich block (Ouro section 4.1).
 
 Weight names and arithmetic are the released ones: four RMSNorms a layer, h = h + norm2(attn(norm1(h))) and
-h = h + norm4(mlp(norm3(h))), no biases, no QK norm, no loop embedding. A layer knows nothing of loops: where its keys
-and values go is decided by the `memory` callable that it is given (see `looplm.model.cache`).
+h = h + norm4(mlp(norm3(h))), no biases, no QK norm, no loop embedding (a dense model made looped may bring the
+first two). A layer knows nothing of loops: where its keys and values go is decided by the `memory` callable that it is
+given (see `looplm.model.cache`).
 """
 
 from collections.abc import Callable
@@ -102,9 +103,13 @@ class OuroAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         width, queries = config.hidden_size, config.num_attention_heads * self.head_dim
         keys = (config.num_key_value_heads or 0) * self.head_dim
-        self.q_proj = OuroLinear(width, queries)
-        self.k_proj = OuroLinear(width, keys)
-        self.v_proj = OuroLinear(width, keys)
+        linear = nn.Linear if config.qkv_bias else OuroLinear
+        self.q_proj = linear(width, queries)
+        self.k_proj = linear(width, keys)
+        self.v_proj = linear(width, keys)
+        if config.qk_norm:
+            self.q_norm = OuroRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = OuroRMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = OuroLinear(queries, width)
 
     def forward(
@@ -114,6 +119,8 @@ class OuroAttention(nn.Module):
         shape = (*hidden.shape[:2], -1, self.head_dim)
         projected = project(hidden, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (part.view(shape).transpose(1, 2) for part in projected)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if memory is not None:
             key, value = memory(key, value)

@@ -22,7 +22,7 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> tuple[Our
     Raises:
         ValueError: no such model, not a looped model, missing or unexpected weights, or a weight that is not finite.
     """
-    config = _config(name_or_path)
+    config = load_config(name_or_path)
     quiet = logging.getLogger("transformers.modeling_utils")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # its table of missing keys is said in one line below
@@ -47,7 +47,8 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> tuple[Our
                 f"{', '.join(names[:3])} ({len(names)} in all); use the files of one and the same model"
             )
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
+        low, high = weight.detach().aminmax()  # a NaN shows in both; no copy is made, as isfinite would
+        if not (low.isfinite() and high.isfinite()):
             raise ValueError(
                 f"{name_or_path}: weight {name} holds NaN or infinity; "
                 "the file is damaged or its training diverged: take another copy or an earlier save"
@@ -65,7 +66,8 @@ def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _config(name_or_path: str) -> OuroConfig:
+def load_config(name_or_path: str) -> OuroConfig:
+    """The configuration of a model folder or hub name; ValueError where there is none, or none of a looped model."""
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name_or_path} is not a model folder: it has no config.json")

@@ -5,6 +5,8 @@ instead of a cross entropy of mixed logits; exit arithmetic is fp32 in log space
 head, so no pass ever holds the logits of all loops; early exit saves the loops; weights load without remote code.
 """
 
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from looplm.exits import ExitRule, FixedDepth, RecordedDepth, exit_probabilities, expected_depth
+from looplm.files import write_text
 from looplm.model.cache import LoopCache
 from looplm.model.configuration import OuroConfig
 from looplm.model.context import PassContext
@@ -23,6 +26,7 @@ from looplm.model.freezing import check_depths, freeze
 from looplm.model.generation import DepthGenerationMixin
 from looplm.model.outputs import OuroCausalLMOutput
 from looplm.model.projections import OuroLinear
+from looplm.model.saving import model_card
 from looplm.model.stack import OuroModel, OuroPreTrainedModel
 from looplm.objectives.expected_loss import Prior, stage_one_loss
 from looplm.objectives.token_losses import weighted_token_losses
@@ -250,6 +254,15 @@ class OuroForCausalLM(OuroPreTrainedModel, DepthGenerationMixin):
         if self.config.num_coda_layers:
             mixed = slice_logits_to_keep(mixed, logits_to_keep)
         output.logits = self.lm_head(mixed)
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, and a model card (README.md) where the folder has none."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if is_main_process and not card.exists():
+            write_text(card, model_card(self))
 
     def log_probabilities(self, read: Tensor) -> Tensor:
         """The read-out of states (N, D) in fp32 (N, V): what confidence rules look at."""

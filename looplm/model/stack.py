@@ -2,7 +2,8 @@
 
 One primitive, `OuroModel.loop`: one pass of the stack, then the final norm; the *normed* state is what the head and
 the gate read and what the next loop starts from. Variants (all off in Ouro): prelude and coda layers around the loop,
-no sandwich norms, the core's input added before every loop, a gate that reads the causal mean of the states.
+no sandwich norms, a state that is the residual stream itself and is normed only where it is read, the core's input
+added before every loop, a gate that reads the causal mean of the states.
 """
 
 import warnings
@@ -15,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from looplm.model.cache import LoopCache
 from looplm.model.configuration import OuroConfig
 from looplm.model.context import PassContext
+from looplm.model.hooks import LoopHook, apply_hooks
 from looplm.model.layers import OuroDecoderLayer, OuroRMSNorm, OuroRotaryEmbedding
 from looplm.model.outputs import OuroModelOutput
 
@@ -51,6 +53,7 @@ class OuroModel(OuroPreTrainedModel):
             self.coda = nn.ModuleList(OuroDecoderLayer(config) for _ in range(config.num_coda_layers))
             self.coda_norm = OuroRMSNorm(width, eps)
         self.gradient_checkpointing = False
+        self.loop_hooks: list[LoopHook] = []
         self.post_init()
 
     def loop(self, state: Tensor, context: PassContext, loop: int) -> tuple[Tensor, Tensor]:
@@ -62,18 +65,23 @@ class OuroModel(OuroPreTrainedModel):
             loop: counted from 1.
 
         Returns:
-            The normed state after the loop (R, S, D) and the gate logit (R, S) in fp32.
+            The state after the loop (R, S, D), normed unless `loop_norm` is off, and the gate logit (R, S) in fp32.
         """
+        before = state
         if self.config.input_injection == "add" and loop > 1:
             state = state + context.core_input
         for index, layer in enumerate(self.layers, start=self.config.num_prelude_layers):
             state = layer(state, context.rotary, context.mask, context.memory(index, loop))
-        state = self.norm(state)
+        if self.config.loop_norm:
+            state = self.norm(state)
+        if self.loop_hooks:
+            state = apply_hooks(self, before, state, context, loop)
         return state, self.gate(state, context)
 
     def gate(self, state: Tensor, context: PassContext) -> Tensor:
         """Gate logits (R, S) of states (R, S, D), in fp32 under autocast too (section 3.2)."""
-        read = state.float() if state.dtype != torch.float64 else state
+        read = state if self.config.loop_norm else self.norm(state)
+        read = read.float() if read.dtype != torch.float64 else read
         if self.config.exit_gate_pooling == "causal_mean":
             read = context.causal_mean(read)
         weight, bias = self.early_exit_gate.weight[0].to(read.dtype), self.early_exit_gate.bias.to(read.dtype)
@@ -88,13 +96,13 @@ class OuroModel(OuroPreTrainedModel):
         return embedded
 
     def finish(self, state: Tensor, context: PassContext) -> Tensor:
-        """What the head reads of a state (R, S, D): the state itself, or the coda's output."""
+        """What the head reads of a state (R, S, D): the normed state, or the coda's normed output."""
         if self.config.num_coda_layers:
             first = self.config.num_prelude_layers + self.config.num_hidden_layers
             for index, layer in enumerate(self.coda, start=first):
                 state = layer(state, context.rotary, context.mask, context.memory(index, 1))
-            state = self.coda_norm(state)
-        return state
+            return self.coda_norm(state)
+        return state if self.config.loop_norm else self.norm(state)
 
     def run(self, embedded: Tensor, context: PassContext, num_loops: int) -> tuple[list[Tensor], Tensor | None]:
         """All loops over all positions.

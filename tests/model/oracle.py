@@ -62,9 +62,10 @@ class Sweep:
                 state = state + start
             for layer in core.layers:
                 state = self.layer(layer, state, position, loop)
-            state = core.norm(state)
+            normed = core.norm(state)
+            state = normed if core.config.loop_norm else state
             states.append(state)
-            gates.append(float(core.early_exit_gate(state)))
+            gates.append(float(core.early_exit_gate(normed)))
             if loop == self.max_loops or self.stop(Look(position, loop, gates, states, self.log_probabilities)):
                 break
         self.logits.append(self.model.lm_head(self.read(state, position)))
@@ -79,8 +80,8 @@ class Sweep:
         if hasattr(self.model.model, "coda"):
             for layer in self.model.model.coda:
                 state = self.layer(layer, state, position, 1)
-            state = self.model.model.coda_norm(state)
-        return state
+            return self.model.model.coda_norm(state)
+        return state if self.model.config.loop_norm else self.model.model.norm(state)
 
     def layer(self, layer: OuroDecoderLayer, state: Tensor, position: int, loop: int) -> Tensor:
         mixed = self.attention(layer, layer.input_layernorm(state), position, loop)
@@ -90,8 +91,10 @@ class Sweep:
 
     def attention(self, layer: OuroDecoderLayer, x: Tensor, position: int, loop: int) -> Tensor:
         config, attention = self.model.config, layer.self_attn
-        query = self.turn(attention.q_proj(x).view(-1, config.head_dim), position)
-        key = self.turn(attention.k_proj(x).view(-1, config.head_dim), position)
+        query, key = (p(x).view(-1, config.head_dim) for p in (attention.q_proj, attention.k_proj))
+        if config.qk_norm:
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key = self.turn(query, position), self.turn(key, position)
         self.memory[layer, loop, position] = key, attention.v_proj(x).view(-1, config.head_dim)
         looped = layer in list(self.model.model.layers)
         policy = "per_loop" if position < self.prompt_end else self.policy

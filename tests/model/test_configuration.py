@@ -50,6 +50,9 @@ ADDED: dict[str, Any] = {
     "num_prelude_layers": 1,
     "num_coda_layers": 2,
     "sandwich_norm": False,
+    "loop_norm": False,
+    "qkv_bias": True,
+    "qk_norm": True,
     "input_injection": "add",
     "exit_gate_pooling": "causal_mean",
     "exit_beta": 0.1,
@@ -69,6 +72,7 @@ def test_a_released_file_loads(released: OuroConfig) -> None:
             assert getattr(released, name) == value, name
     assert released.dtype == torch.bfloat16 and not hasattr(released, "auto_map")
     assert (released.num_prelude_layers, released.num_coda_layers, released.sandwich_norm) == (0, 0, True)
+    assert (released.loop_norm, released.qkv_bias, released.qk_norm) == (True, False, False)
     assert (released.input_injection, released.exit_gate_pooling) == ("none", "token")
 
 

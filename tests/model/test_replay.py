@@ -197,7 +197,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
         expected = gradients(model)
         model.gradient_checkpointing_enable()
         passes = []
-        hook = model.model.norm.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        hook = model.model.layers[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
         checked = model(ids, mask, labels=ids, **more)
         checked.loss.backward()
         hook.remove()

