@@ -2,8 +2,8 @@
 
 The state is (sqrt D) (cos a on the token's own axis, sin a on one axis more). The MLP takes a fixed step down that last
 axis and the norm after the loop turns the rest into token: a falls from loop to loop, through 0 and beyond. The head is
-log p(next | token) of what was learnt, as sharp after loop 3 as suits the text that is measured: before, it is too flat,
-later too sure.
+log p(next | token) of what was learnt, as sharp after loop 3 as suits the text that is measured: before that it is too
+flat, later too sure.
 """
 
 import math

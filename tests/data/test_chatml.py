@@ -14,7 +14,11 @@ CHAT = [
     {"role": "user", "content": " Hi\n"},
     {"role": "assistant", "content": "Hello"},
 ]
-TEXT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+TEXT = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n"
+    "<|im_start|>user\n Hi\n<|im_end|>\n"
+    "<|im_start|>assistant\nHello<|im_end|>\n"
+)
 
 
 @pytest.fixture(scope="module")

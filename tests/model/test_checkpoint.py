@@ -51,7 +51,7 @@ def test_a_tied_head_may_be_stored_twice(tmp_path):
 
 
 def test_files_that_are_not_there_or_damaged(tmp_path):
-    with pytest.raises(ValueError, match="there is neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(ValueError, match=r"there is neither model\.safetensors nor model\.safetensors\.index\.json"):
         stored_weights(tmp_path)
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -63,7 +63,7 @@ def test_files_that_are_not_there_or_damaged(tmp_path):
         stored_weights(tmp_path)
     for text in ("{", "[]", json.dumps({"weight_map": 3})):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(ValueError, match="model.safetensors.index.json is damaged"):
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
             stored_weights(tmp_path)
 
 
