@@ -11,8 +11,9 @@ two or three hundred thousand tokens: this shows the way and its cost, not a goo
 """
 
 import functools
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
+from looplm.commands import public_name
 from looplm.data.corpora import load_documents, split_documents
 from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
 from looplm.data.texts import read_text
@@ -80,6 +82,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     sources = [source for source in options.text if source != PYTHON_DOCS or Path(source).is_dir()]
     if len(sources) < len(options.text):
         console.print(f"{PYTHON_DOCS} is not there (apt install python3.11-doc)", highlight=False, soft_wrap=True)
+    options = replace(options, text=sources)
     dense, tokenizer = load_dense("smollm2")
     train, validation = read(sources, tokenizer)
     core = choose_core(block_influence(dense, encode_text(dense, tokenizer, read_text())), options.core)
@@ -96,7 +99,6 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     show(console, losses, samples)
     report = {
         "options": vars(options),
-        "sources": [Path(source).name for source in sources],
         "core": [core.start, core.stop],
         "tokens": tokens,
         "minutes": minutes,
@@ -135,7 +137,7 @@ def run(
     origin = "SmolLM2-135M-Instruct retrofitted and trained for minutes by an example of looplm."
 
     def save() -> None:
-        provenance = Provenance(origin, data=[Path(source).name for source in options.text])
+        provenance = Provenance(origin, data=[public_name(source) for source in options.text])
         save_folder(folder / "model", lambda path: write_model(path, model, tokenizer, provenance))
 
     for loops, share in zip(stages, shares, strict=True):
@@ -224,4 +226,7 @@ def show(console: Console, losses: dict[str, list[float]], samples: dict[str, li
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"retrofit_smollm2: {' '.join(str(error).split())}")

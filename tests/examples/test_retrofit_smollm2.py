@@ -52,7 +52,7 @@ def test_the_report_is_what_the_model_does(example, tmp_path, capsys, changes) -
     assert len(before) == len(after) == 4 and report["tokens"] == 6 * 4 * 32
     assert after[2] < before[2]  # six steps are enough to see on a model whose weights are random
     first, end = report["core"]
-    assert end - first == 2 and (report["options"]["steps"], report["sources"]) == (6, ["corpus"])
+    assert end - first == 2 and report["options"]["text"] == [str(tmp_path / "corpus")]
     shown = capsys.readouterr().out
     assert "is not there (apt install python3.11-doc)" in shown and f"{before[0]:.4f}" in shown
     looped, _ = load_model(str(tmp_path / "out" / "model"))
