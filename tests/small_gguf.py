@@ -67,6 +67,7 @@ def write_gguf(
     drop: str | None = None,
     extra: dict[str, np.ndarray] | None = None,
     values: dict[str, str | None] | None = None,
+    merges: bool = True,
 ) -> Path:
     """Write the model.
 
@@ -75,6 +76,7 @@ def write_gguf(
         drop: a tensor to leave out.
         extra: tensors that do not belong there.
         values: string fields to replace, or to leave out (None).
+        merges: whether the tokenizer has its merges.
     """
     strings = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", **(values or {})}
     writer = gguf.GGUFWriter(path, strings.pop("general.architecture", "llama"))
@@ -96,7 +98,8 @@ def write_gguf(
             writer.add_string(name, value)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
+    if merges:
+        writer.add_token_merges(MERGES)
     for role, token in {"bos": 1, "eos": 2, "padding": 2, "unknown": 0}.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
     for name, tensor in stored(model).items():

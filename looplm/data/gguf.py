@@ -186,6 +186,9 @@ def _tokenizer(values: Mapping[str, Any], path: str | Path) -> PreTrainedTokeniz
             f"{path} has {found}; of GGUF files only SmolLM2's (gpt2 / smollm) is supported: "
             "give the transformers folder of the model instead"
         )
+    missing = [name for name in ("tokens", "token_type", "merges") if f"tokenizer.ggml.{name}" not in values]
+    if missing:
+        raise ValueError(f"{path}: tokenizer.ggml.{missing[0]} is missing; take a whole copy of the file")
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     merges = [(left, right) for left, right in (merge.split(" ") for merge in values["tokenizer.ggml.merges"])]
     tokenizer = byte_level(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

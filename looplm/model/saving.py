@@ -82,16 +82,20 @@ def model_card(model: OuroForCausalLM, provenance: Provenance | None = None) -> 
 def _description(model: OuroForCausalLM) -> str:
     config = model.config
     outside = [(config.num_prelude_layers, "before"), (config.num_coda_layers, "after")]
-    around = [f"{count} layers {where} the loop" for count, where in outside if count]
+    around = [f", {_layers(count)} {where} the loop" for count, where in outside if count]
     dtype = str(model.dtype).removeprefix("torch.")
     return (
-        f"{config.num_hidden_layers} layers, applied {config.total_ut_steps} times to every token"
-        f"{''.join(f', {text}' for text in around)}; a learned gate says after which loop a token may stop.\n\n"
+        f"{_layers(config.num_hidden_layers)}, applied {config.total_ut_steps} times to every token"
+        f"{''.join(around)}; a learned gate says after which loop a token may stop.\n\n"
         f"- parameters: {sum(p.numel() for p in model.parameters()):,} ({dtype})\n"
         f"- width {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} key-value heads\n"
         f"- vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}"
     )
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _loss_table(losses: Sequence[float], trained: int) -> str:

@@ -132,6 +132,8 @@ def test_other_tokenizers_and_none(tmp_path: Path) -> None:
     assert "has the tokenizer gpt2 / llama-bpe; of GGUF files only SmolLM2's" in refused(path)
     path = write_gguf(tmp_path / "n.gguf", small_llama(), values={"tokenizer.ggml.model": None})
     assert "has no tokenizer; " in refused(path)
+    path = write_gguf(tmp_path / "o.gguf", small_llama(), merges=False)
+    assert "tokenizer.ggml.merges is missing" in refused(path)
 
 
 def test_tensors_missing_and_unknown(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_card_of_a_plain_save_says_what_the_configuration_knows(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card == model_card(model)
     assert header(card)["library_name"] == "transformers" and "looped-language-model" in header(card)["tags"]
-    assert "2 layers, applied 3 times to every token, 2 layers before the loop, 1 layers after the loop;" in card
+    assert "2 layers, applied 3 times to every token, 2 layers before the loop, 1 layer after the loop;" in card
     assert f"- parameters: {sum(p.numel() for p in model.parameters()):,} (float64)" in card
     assert "## Origin" not in card and "## Loss" not in card
 
