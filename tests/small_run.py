@@ -11,7 +11,7 @@ import numpy as np
 from looplm.data.pipeline import EncodedCorpus
 from looplm.model.configuration import OuroConfig
 from looplm.model.modeling import OuroForCausalLM
-from looplm.training.recipe import Recipe, parse_recipe
+from looplm.training.recipe import Recipe
 
 WORDS = "the union of states shall people congress make law peace and war with hope for every citizen".split()
 
@@ -60,7 +60,7 @@ def small_values(folder: Path, **sections: dict[str, Any] | Any) -> dict[str, An
 
 def small_recipe(folder: Path, **sections: dict[str, Any] | Any) -> Recipe:
     """The checked recipe of `small_values`."""
-    return parse_recipe(small_values(folder, **sections), "small")
+    return Recipe.validated(small_values(folder, **sections), "small")
 
 
 def small_model(**fields: Any) -> OuroForCausalLM:

