@@ -3,6 +3,7 @@
 from typing import Literal
 
 import pytest
+from pydantic import Field
 
 from looplm.settings import Fraction, Section
 
@@ -14,8 +15,8 @@ class Leaf(Section):
 
 class Tree(Section):
     leaf: Leaf | None = None
-    branches: list[Leaf] = []
-    named: dict[str, Leaf] = {}
+    branches: list[Leaf] = Field(default_factory=list)
+    named: dict[str, Leaf] = Field(default_factory=dict)
     required: int
 
 
