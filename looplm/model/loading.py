@@ -22,7 +22,7 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> tuple[Our
     Raises:
         ValueError: no such model, not a looped model, missing or unexpected weights, or a weight that is not finite.
     """
-    config = _config(name_or_path)
+    config = read_config(name_or_path)
     quiet = logging.getLogger("transformers.modeling_utils")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # its table of missing keys is said in one line below
@@ -65,7 +65,8 @@ def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _config(name_or_path: str) -> OuroConfig:
+def read_config(name_or_path: str) -> OuroConfig:
+    """The configuration of a looped model in a folder or on the hub; raises ValueError as `load_model` does."""
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name_or_path} is not a model folder: it has no config.json")

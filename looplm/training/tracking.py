@@ -1,9 +1,14 @@
-"""What a run says while it works: one JSON line a record in a file, one bar or plain lines on the console."""
+"""What a run says while it works: one JSON line a record in a file, one bar or plain lines on the console.
 
+`Tracker` is what a training run writes to: metrics.jsonl always, TensorBoard beside it where the recipe asks for it.
+"""
+
+import importlib.util
 import json
 import os
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -50,6 +55,72 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Tracker:
+    """The records of a run: metrics.jsonl in its folder, and event files in `tensorboard/` where asked for.
+
+    metrics.jsonl holds one object a line: the record of every step under plain keys, and `{"evaluation": ...}`,
+    `{"warning": ...}` and `{"stage_result": ...}` where they happen.
+
+    Args:
+        folder: the run's output.
+        targets: what else to write to; `tensorboard` or nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], targets: Sequence[str] = ()) -> None:
+        self.log = MetricsLog(Path(folder) / "metrics.jsonl")
+        self._board: Any = None
+        if "tensorboard" in targets:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"))
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A training step; TensorBoard gets its numbers over tokens, lists as one curve a loop."""
+        self.log.write(dict(record))
+        self._show("train", record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation."""
+        self.log.write({"evaluation": dict(record)})
+        self._show("validation", record)
+
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """A warning."""
+        self.log.write({"warning": dict(record)})
+
+    def stage(self, record: Mapping[str, Any]) -> None:
+        """The result of a finished stage."""
+        self.log.write({"stage_result": dict(record)})
+
+    def _show(self, group: str, record: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, list):
+                for loop, number in enumerate(value, start=1):
+                    self._board.add_scalar(f"{group}/{name}/{loop}", number, record["tokens"])
+            elif isinstance(value, int | float) and name not in ("tokens", "step"):
+                self._board.add_scalar(f"{group}/{name}", value, record["tokens"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def check_tracking(targets: Sequence[str]) -> None:
+    """Refuse a tracking target whose library is missing, before a run begins.
+
+    Raises:
+        ValueError: tensorboard is asked for, but not installed.
+    """
+    if "tensorboard" in targets and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tracking is ['tensorboard'], which is not installed: pip install 'looplm[track]'")
 
 
 class Progress:
