@@ -1,13 +1,13 @@
 """One stage of training: a loop over steps that reads top to bottom (Ouro sections 3.3 and 4.3, Table 1).
 
 AdamW on the stage's objective, its schedules, clipping, gradient accumulation, evaluation by loop, JSONL metrics, and
-a model folder saved by `save_pretrained` at every evaluation. What has to survive an interruption is in one object,
-`TrainingState`; everything else is a pure function of the recipe and the state. Several processes come later.
+a model folder saved by `save_pretrained` at every evaluation. What has to survive an interruption is in one object
+(`looplm.training.state`); everything else is a pure function of the recipe and the state. Several processes come later.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,57 +18,15 @@ from looplm.model.modeling import OuroForCausalLM
 from looplm.training.acceleration import choose_autocast, compile_layers
 from looplm.training.evaluation import LoopEvaluation, evaluate_loops
 from looplm.training.gradients import Batch, accumulate
-from looplm.training.health import Health
 from looplm.training.loop_counts import sampled_loop_count
 from looplm.training.planning import PlannedStage
 from looplm.training.recipe import StageDefaults
 from looplm.training.schedule import Budget, exit_beta, learning_rate
+from looplm.training.state import TrainingState
 from looplm.training.tracking import Progress, Tracker
 
 REMEDY = "lower learning_rate or raise warmup_steps"
 """What helps against divergence."""
-
-
-@dataclass
-class TrainingState:
-    """Everything a run needs to go on as if it had never stopped: two sets of tensors, and plain numbers.
-
-    Samples, loop counts and schedules are pure functions of the recipe's seed and these numbers, and nothing else is
-    random in a step (there is no dropout), so no generator's state is kept.
-
-    Attributes:
-        model, optimizer: trained in place; between them they hold all tensors.
-        stage: number of the stage, counted from 1.
-        step: optimizer steps done in it.
-        first_sample: number of its first sample in its view (see `PlannedStage.view`).
-        minutes: spent on it.
-        evaluated: evaluations done on its way.
-        tokens, source_tokens: seen by the whole run, in all and by source.
-        autocast: whether products are in bf16; measured once a run where the recipe says `auto`.
-        health: what the warnings remember.
-    """
-
-    model: OuroForCausalLM
-    optimizer: torch.optim.AdamW
-    stage: int = 1
-    step: int = 0
-    first_sample: int = 0
-    minutes: float = 0.0
-    evaluated: int = 0
-    tokens: int = 0
-    source_tokens: dict[str, int] = field(default_factory=dict)
-    autocast: bool | None = None
-    health: Health = field(default_factory=Health)
-
-    def plain(self) -> dict[str, Any]:
-        """All but the tensors, for JSON; the keys are the field names."""
-        values = {name: value for name, value in vars(self).items() if name not in ("model", "optimizer", "health")}
-        return {**values, "source_tokens": dict(self.source_tokens), "health": asdict(self.health)}
-
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Take back what `plain` gave."""
-        for name, value in values.items():
-            setattr(self, name, Health(**value) if name == "health" else value)
 
 
 @dataclass(frozen=True)
