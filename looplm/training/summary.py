@@ -1,6 +1,5 @@
 """A run's report as plain JSON, from what it left in metrics.jsonl: so it can be written again at any time."""
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,19 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from looplm.training.run import Run
+from looplm.training.tracking import read_metrics
 
 MOST_STEPS = 2000
 """Records of steps that a report keeps; metrics.jsonl has all."""
-
-
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of a metrics.jsonl by kind: step, evaluation, warning, stage_result."""
-    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": [], "warning": [], "stage_result": []}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        kind = next((kind for kind in kinds if isinstance(record.get(kind), dict)), "step")
-        kinds[kind].append(record if kind == "step" else record[kind])
-    return kinds
 
 
 def build_report(title: str, command: str, run: Run) -> dict[str, Any]:

@@ -113,6 +113,16 @@ class Tracker:
             self._board.close()
 
 
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of a metrics.jsonl by kind: step, evaluation, warning, stage_result."""
+    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": [], "warning": [], "stage_result": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        kind = next((kind for kind in kinds if isinstance(record.get(kind), dict)), "step")
+        kinds[kind].append(record if kind == "step" else record[kind])
+    return kinds
+
+
 def check_tracking(targets: Sequence[str]) -> None:
     """Refuse a tracking target whose library is missing, before a run begins.
 
