@@ -83,7 +83,7 @@ class Encoder:
             raise ValueError("the tokenizer has neither a bos nor an eos token: set one, it begins each document")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json, which encoding needs: convert it")
-        backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend: Any = tokenizer.backend_tokenizer
         markers = (backend.token_to_id(TURN_START), backend.token_to_id(TURN_END))
         return cls(_without_limits(backend), int(begin), len(tokenizer), *markers)
 

@@ -1,9 +1,8 @@
-"""Documents to batches: one flat token stream, a fixed plan of windows over it, batches by step number.
+"""A token stream to windows: a fixed plan of sequences over it, and validation batches.
 
 Packing is planned ahead: window i covers stream positions i*S to (i+1)*S, so consecutive windows share one token and
-every token but the first of the stream is the target of exactly one position. A batch is a pure function of (seed,
-step): nothing has to be saved to resume, and every process that asks for a step gets the same one. grain shuffles and
-batches through random access only. The paper's synthetic tasks are packed with attention kept inside each document
+every token but the first of the stream is the target of exactly one position. `looplm.data.mixture` draws training
+samples from windows. The paper's synthetic tasks are packed with attention kept inside each document
 (`separate_documents`); for pretraining it does not say, so both ways are here.
 """
 
@@ -15,7 +14,7 @@ import torch
 from absl import logging as absl_logging
 from numpy.typing import NDArray
 
-from looplm.data.encoding import EncodedCorpus, encode_documents  # noqa: F401 - the run still looks for it here
+from looplm.data.encoding import EncodedCorpus
 
 
 def _is_not_jax_notice(record: logging.LogRecord) -> bool:
@@ -47,6 +46,7 @@ class Windows:
     Validation windows (`keep_remainder`): the last window is padded with label -100, and so are the targets that
     are begin tokens. Each text token is then a target exactly once and nothing else is, which makes bits per
     character exact: summed nats / ln 2 / `corpus.characters`.
+    Where a corpus says what is learnt (conversations), every other target is -100 in both.
 
     Args:
         corpus: the stream to cut.
@@ -107,34 +107,6 @@ class Windows:
             labels[: len(real) - 1][~self.corpus.learnt[first + 1 : first + size + 1]] = IGNORED_LABEL
         origins = np.maximum(starts, first) if self.separate_documents else first
         return {"input_ids": chunk[:-1], "labels": labels, "position_ids": (positions - origins)[:-1]}
-
-
-class TrainingBatches:
-    """Endless shuffled batches by step number: `batches[step]` is a pure function of (seed, step).
-
-    The stream of samples goes through all windows in an order of its own in each epoch; a batch is the next
-    `batch_size` of them, so one batch may straddle two epochs and none is dropped.
-
-    Args:
-        windows: the windows to draw from.
-        batch_size: B, windows a batch.
-        seed: 0 ... 2**32 - 1.
-
-    Raises:
-        ValueError: batch_size below 1 or a seed out of range.
-    """
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
-        _check_batch_size(batch_size)
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}: give a number from 0 to 2**32 - 1")
-        self._batches = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        """The batch of a step, counted from 0: input_ids, labels, position_ids, each (B, S) int64."""
-        if step < 0:
-            raise IndexError(f"step {step}: steps are counted from 0")
-        return _tensors(self._batches[step])
 
 
 def validation_batches(
