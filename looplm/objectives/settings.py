@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from looplm.settings import NotNegative, Positive, PositiveInt, Section
+from looplm.settings import NotNegative, Positive, Section
 
 GateTarget = Literal["published", "lookahead"]
 
