@@ -19,13 +19,11 @@ token with nothing to gain still goes on with that probability, and since max(0,
 average, noisy losses raise it further (0.61 at a standard deviation of 0.05 nats).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-GateTarget = Literal["published", "lookahead"]
+from looplm.objectives.settings import GateTarget
 
 
 def judged_gates(target: GateTarget, num_loops: int) -> slice:

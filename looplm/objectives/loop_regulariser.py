@@ -14,20 +14,10 @@ L / k times. The cosine does not see the scale of a matrix; norms and embeddings
 from collections.abc import Sequence
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from looplm.settings import Positive, Section
-
-
-class LoopRegulariserSettings(Section):
-    """Draws layers `block` apart together (paper: weight 10, block 4 of 24 layers did best)."""
-
-    block: PositiveInt
-    """k, layers of the block that the stack should resemble looped; it divides the number of layers."""
-    weight: Positive = 10.0
-    """lambda_reg, what the term is multiplied by."""
+from looplm.objectives.settings import LoopRegulariserSettings
 
 
 def loop_regulariser(layers: Sequence[nn.Module] | nn.ModuleList, settings: LoopRegulariserSettings) -> Tensor:

@@ -17,37 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from looplm.exits import exit_probabilities, expected_depth
 from looplm.model.modeling import OuroForCausalLM
-from looplm.objectives.adaptive_gate import GateTarget, adaptive_gate_loss, continuation_targets
+from looplm.objectives.adaptive_gate import adaptive_gate_loss, continuation_targets
+from looplm.objectives.settings import GateSettings, GateTarget
 from looplm.objectives.token_losses import IGNORED
-from looplm.settings import NotNegative, Positive, Section
 from looplm.training.tracking import Progress
 
 _CHUNK = 4096
 """Tokens whose gates are computed at a time."""
-
-
-class GateSettings(Section):
-    """Stage II: what the gate is taught, and for how long."""
-
-    target: GateTarget = "lookahead"
-    """`lookahead`: gate t learns what loop t + 1 will gain; `published`: what loop t has gained (equation 5)."""
-    k: Positive = 50.0
-    """Steepness of the continuation target, per nat."""
-    gamma: NotNegative = 0.005
-    """Gain in nats that is worth a loop."""
-    tokens: PositiveInt = 65_536
-    """Target tokens whose states are kept (not in the paper)."""
-    epochs: PositiveInt = 20
-    """Passes over them (not in the paper)."""
-    batch_size: PositiveInt = 4096
-    """Tokens an optimizer step (not in the paper)."""
-    learning_rate: Positive = 3e-3
-    """Of Adam, falling to 0 over the fit (not in the paper)."""
 
 
 @dataclass(frozen=True)

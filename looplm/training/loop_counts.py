@@ -14,39 +14,15 @@ hazard is taken as 1 and the gate's value there is not used; the uniform prior i
 """
 
 import math
-from typing import Literal
-
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
 
-from looplm.settings import NotNegative, Section
+from looplm.objectives.settings import LoopCountSettings
 
 _LARGEST_RATE = 1e9
 """Of the Poisson law; beyond it numpy could not draw, and no stack loops that often."""
 
 _STREAM = 0x6C6F6F70
 """Keeps these draws apart from others that are keyed by the same seed and step."""
-
-
-class LoopCountSettings(Section):
-    """Loops of a training step, drawn for each."""
-
-    distribution: Literal["uniform", "poisson_lognormal"]
-    least: PositiveInt = 1
-    most: PositiveInt
-    """Bounds memory and time of a step."""
-    mean: float | None = Field(default=None, gt=1, allow_inf_nan=False)
-    """Mean number of loops before it is held to the range; for poisson_lognormal only."""
-    sigma: NotNegative = 0.5
-    """Spread of the logarithm of the rate; for poisson_lognormal only."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "LoopCountSettings":
-        if self.least > self.most:
-            raise ValueError(f"least is {self.least}; it must be at most most = {self.most}")
-        if (self.mean is not None) != (self.distribution == "poisson_lognormal"):
-            raise ValueError("mean goes with distribution poisson_lognormal, and that needs it")
-        return self
 
 
 def sampled_loop_count(settings: LoopCountSettings, seed: int, step: int) -> int:

@@ -27,7 +27,7 @@ from looplm.model.configuration import OuroConfig
 from looplm.model.loading import read_config
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.upcycling import layer_origins
-from looplm.objectives.loop_regulariser import LoopRegulariserSettings
+from looplm.objectives.settings import LoopRegulariserSettings
 from looplm.training.recipe import ModelSettings, Recipe, Stage
 from looplm.training.schedule import BatchPlan
 from looplm.training.tracking import short

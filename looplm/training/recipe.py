@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from looplm.data.settings import SourceSettings
-from looplm.objectives.loop_regulariser import LoopRegulariserSettings
-from looplm.settings import Fraction, NotNegative, Positive, PositiveInt, Section
-from looplm.training.gate import GateSettings
-from looplm.training.loop_counts import LoopCountSettings
+from looplm.objectives.settings import GateSettings, LoopCountSettings, LoopRegulariserSettings
+from looplm.settings import Fraction, NotNegative, Positive, Section
 
 
 class DataSettings(Section):
