@@ -14,6 +14,7 @@ hazard is taken as 1 and the gate's value there is not used; the uniform prior i
 """
 
 import math
+
 import numpy as np
 
 from looplm.objectives.settings import LoopCountSettings
