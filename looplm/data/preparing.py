@@ -95,7 +95,7 @@ def prepare(
     plans = [_plan(name, settings, encoder, validation_every, folder, anew) for name, settings in sources.items()]
     for plan in plans:
         if not _is_prepared(plan):
-            next(plan.source.documents(), None)
+            next(split_source(plan.source, validation_every))
     for plan in plans:
         plan.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(plan.folder / ".lock"):
