@@ -16,7 +16,7 @@ products over (S + 1) / 2 keys on average.) The gate, norms and embedding look-u
 one forward pass a token; its own epochs over D + 1 parameters are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from looplm.model.configuration import OuroConfig
 from looplm.model.loading import read_config
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.upcycling import layer_origins
-from looplm.objectives.settings import LoopRegulariserSettings
 from looplm.training.recipe import ModelSettings, Recipe, Stage
 from looplm.training.schedule import BatchPlan
 from looplm.training.tracking import short
@@ -41,7 +40,6 @@ class PlannedStage:
         number: counted from 1.
         settings: the recipe's section.
         layers, loops, rope_theta: of the model during the stage.
-        mixture: weights by source; None where every source is weighted by its tokens.
         view: counts the changes of mixture, sequence length or packing up to here. Stages of the same view share one
             order of samples; the later one goes on where the earlier stopped.
         parameters, trained: numbers of parameters in all, and of those that change.
@@ -54,7 +52,6 @@ class PlannedStage:
     layers: int
     loops: int
     rope_theta: float
-    mixture: dict[str, float] | None
     view: int
     parameters: int
     trained: int
@@ -86,39 +83,39 @@ def plan(recipe: Recipe, config: OuroConfig) -> list[PlannedStage]:
     """
     stages: list[PlannedStage] = []
     layers, loops, theta = config.num_hidden_layers, config.total_ut_steps, config.rope_theta
-    for number, stage in enumerate(recipe.stages, start=1):
+    for stage in recipe.stages:
         where = f"stages: {stage.name}"
         if stage.upcycle is not None:
             layers = _grown(stage, layers, where)
         if stage.loops is not None and stage.loops > loops:
             raise ValueError(f"{where}: loops is {stage.loops}, more than the {loops} before it: loops may only fall")
         loops, theta = stage.loops or loops, stage.rope_theta or theta
-        _check_shapes(stage, layers, config, where)
+        _check_depth(stage, layers, loops, where)
+        _check_sizes(stage, config.max_position_embeddings, where)
         _check_sources(recipe, stage, where)
-        shape = _shape(config, layers, loops)
-        parameters = count_parameters(shape)
-        steps, tokens = _budget(stage, where)
-        trained = shape.hidden_size + 1 if stage.gate is not None else parameters
-        passes = 1 if stage.gate is not None else 3
-        flops = None if tokens is None else passes * tokens * forward_flops(shape, stage)
-        stages.append(
-            PlannedStage(
-                number=number,
-                settings=stage,
-                layers=layers,
-                loops=loops,
-                rope_theta=theta,
-                mixture=stage.mixture,
-                view=_view(stages, stage),
-                parameters=parameters,
-                trained=trained,
-                steps=steps,
-                tokens=tokens,
-                flops=flops,
-            )
-        )
+        stages.append(_planned(stage, stages, _shape(config, layers, loops), theta, where))
     _check_unused(recipe)
     return stages
+
+
+def _planned(stage: Stage, before: Sequence[PlannedStage], shape: OuroConfig, theta: float, where: str) -> PlannedStage:
+    """A checked stage over a model of this shape, counted."""
+    parameters = count_parameters(shape)
+    steps, tokens = _budget(stage, where)
+    passes = 1 if stage.gate is not None else 3
+    return PlannedStage(
+        number=len(before) + 1,
+        settings=stage,
+        layers=shape.num_hidden_layers,
+        loops=shape.total_ut_steps,
+        rope_theta=theta,
+        view=_view(before, stage),
+        parameters=parameters,
+        trained=shape.hidden_size + 1 if stage.gate is not None else parameters,
+        steps=steps,
+        tokens=tokens,
+        flops=None if tokens is None else passes * tokens * forward_flops(shape, stage),
+    )
 
 
 def plan_recipe(recipe: Recipe) -> list[PlannedStage]:
@@ -157,30 +154,32 @@ def _grown(stage: Stage, layers: int, where: str) -> int:
         raise ValueError(f"{where}: upcycle.{error}") from None
 
 
-def _check_shapes(stage: Stage, layers: int, config: OuroConfig, where: str) -> None:
-    """Sequence against context, batch against sequence, the regulariser's block against the layers."""
-    size, limit = stage.sequence_length, config.max_position_embeddings
+def _check_depth(stage: Stage, layers: int, loops: int, where: str) -> None:
+    """What depends on layers and loops."""
+    if stage.gate is not None and loops < 2:
+        raise ValueError(f"{where}: the model has {loops} loop; a gate has something to decide from 2 on")
+    if stage.loop_counts is not None and stage.loop_counts.most > loops:
+        raise ValueError(f"{where}: loop_counts.most is {stage.loop_counts.most}, more than the {loops} loops")
+    block = None if stage.loop_regulariser is None else stage.loop_regulariser.block
+    if block is not None and (layers % block or block == layers):
+        raise ValueError(f"{where}: loop_regulariser.block is {block}; it must divide the {layers} layers and be fewer")
+
+
+def _check_sizes(stage: Stage, limit: int, where: str) -> None:
+    """Sequence against context, batch against sequence."""
+    size, start = stage.sequence_length, stage.batch_tokens_start
     if size > limit:
         raise ValueError(f"{where}: sequence_length is {size}, beyond max_position_embeddings = {limit} of the model")
-    for name in ("batch_tokens", "batch_tokens_start"):
-        batch = getattr(stage, name)
+    if stage.gate is not None:
+        return
+    for name, batch in (("batch_tokens", stage.batch_tokens), ("batch_tokens_start", start)):
         if batch is not None and batch < size:
             raise ValueError(f"{where}: {name} is {batch}, less than one sequence of {size} tokens (sequence_length)")
         if batch is not None and batch % size:
             near = batch - batch % size
             raise ValueError(f"{where}: {name} is {batch}, no multiple of sequence_length = {size}; {near} would be")
-    start = stage.batch_tokens_start
     if start is not None and start > stage.batch_tokens:
         raise ValueError(f"{where}: batch_tokens_start is {start}, above batch_tokens = {stage.batch_tokens}")
-    if stage.loop_regulariser is not None:
-        _check_block(stage.loop_regulariser, layers, where)
-
-
-def _check_block(settings: LoopRegulariserSettings, layers: int, where: str) -> None:
-    if layers % settings.block or settings.block == layers:
-        raise ValueError(
-            f"{where}: loop_regulariser.block is {settings.block}; it must divide the {layers} layers and be fewer"
-        )
 
 
 def _check_sources(recipe: Recipe, stage: Stage, where: str) -> None:
@@ -247,35 +246,43 @@ def forward_flops(config: OuroConfig, stage: Stage) -> float:
 
 
 def plan_table(stages: Sequence[PlannedStage]) -> Table:
-    """Every stage as a row, for `looplm train --dry-run`."""
+    """Every stage as a column, for `looplm train --dry-run`; values fold where the screen is narrow."""
     table = Table(title="the plan, stage by stage")
-    names = "stage tokens steps parameters trained FLOPs layers loops sequence batch learning-rate beta RoPE".split()
-    for name in names:
-        table.add_column(name.replace("-", " "), justify="left" if name == "stage" else "right")
+    table.add_column("", no_wrap=True)
     for stage in stages:
-        table.add_row(stage.settings.name, *_cells(stage))
+        table.add_column(stage.settings.name, justify="right", overflow="fold")
+    rows = [_facts(stage) for stage in stages]
+    for name in rows[0]:
+        table.add_row(name, *(facts[name] for facts in rows))
     return table
 
 
-def _cells(stage: PlannedStage) -> list[str]:
+def _facts(stage: PlannedStage) -> dict[str, str]:
     settings = stage.settings
-    amounts = [
-        f"{settings.minutes:g} min" if settings.minutes is not None else _count(stage.tokens),
-        _count(stage.steps),
-        _count(stage.parameters),
-        _count(stage.trained),
-        "?" if stage.flops is None else f"{stage.flops:.2e}",
-        str(stage.layers),
-        str(stage.loops),
-        f"{settings.sequence_length}",
-    ]
+    facts = {
+        "tokens": f"{settings.minutes:g} min" if settings.minutes is not None else _count(stage.tokens),
+        "steps": _count(stage.steps),
+        "parameters": _count(stage.parameters),
+        "trained": _count(stage.trained),
+        "FLOPs": "?" if stage.flops is None else f"{stage.flops:.2e}",
+        "layers": str(stage.layers),
+        "loops": str(stage.loops),
+        "sequence": str(settings.sequence_length),
+        "RoPE base": f"{stage.rope_theta:g}",
+    }
     if settings.gate is not None:
-        return [*amounts, "-", f"{settings.gate.learning_rate:g}", "-", f"{stage.rope_theta:g}"]
-    start, final = settings.batch_tokens_start, settings.final_learning_rate
-    batch = ("" if start is None else f"{_count(start)} > ") + _count(settings.batch_tokens)
-    rate = f"{settings.learning_rate:g}" + ("" if final is None else f" > {final:g}")
-    beta = ("" if settings.exit_beta_start is None else f"{settings.exit_beta_start:g} > ") + f"{settings.exit_beta:g}"
-    return [*amounts, batch, rate, beta, f"{stage.rope_theta:g}"]
+        return {**facts, "batch": "-", "learning rate": f"{settings.gate.learning_rate:g}", "beta": "-"}
+    return {
+        **facts,
+        "batch": _change(settings.batch_tokens_start, settings.batch_tokens, short),
+        "learning rate": _change(settings.learning_rate, settings.final_learning_rate, "{:g}".format),
+        "beta": _change(settings.exit_beta_start, settings.exit_beta, "{:g}".format),
+    }
+
+
+def _change(start: float | None, end: float | None, form: Callable[[float], str]) -> str:
+    """`start > end`, or the one that there is."""
+    return " > ".join(form(value) for value in (start, end) if value is not None)
 
 
 def _count(value: int | None) -> str:
