@@ -61,7 +61,7 @@ class Tracker:
     """The records of a run: metrics.jsonl in its folder, and event files in `tensorboard/` where asked for.
 
     metrics.jsonl holds one object a line: the record of every step under plain keys, and `{"evaluation": ...}`,
-    `{"warning": ...}` and `{"stage_result": ...}` where they happen.
+    `{"warning": ...}`, `{"gate": ...}` and `{"stage_result": ...}` where they happen.
 
     Args:
         folder: the run's output.
@@ -90,6 +90,10 @@ class Tracker:
         """A warning."""
         self.log.write({"warning": dict(record)})
 
+    def gate(self, record: Mapping[str, Any]) -> None:
+        """A step of a gate's fit (Stage II)."""
+        self.log.write({"gate": dict(record)})
+
     def stage(self, record: Mapping[str, Any]) -> None:
         """The result of a finished stage."""
         self.log.write({"stage_result": dict(record)})
@@ -114,8 +118,10 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of a metrics.jsonl by kind: step, evaluation, warning, stage_result."""
-    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": [], "warning": [], "stage_result": []}
+    """The records of a metrics.jsonl by kind: step, evaluation, warning, gate, stage_result."""
+    kinds: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("step", "evaluation", "warning", "gate", "stage_result")
+    }
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         kind = next((kind for kind in kinds if isinstance(record.get(kind), dict)), "step")

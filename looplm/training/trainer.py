@@ -39,6 +39,7 @@ class StageResult:
         steps, tokens, minutes: spent on it.
         compiled, autocast: how it ran.
         final: the evaluation at its end on the whole validation text.
+        gate: of a stage that fitted the gate, the fits and the frontier (`looplm.training.gate_stage`).
     """
 
     stage: int
@@ -53,6 +54,7 @@ class StageResult:
     compiled: bool
     autocast: str | None
     final: LoopEvaluation
+    gate: dict[str, Any] | None = None
 
 
 class Trainer:
