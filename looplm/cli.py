@@ -11,10 +11,11 @@ from typing import Any
 
 import tyro
 
+from looplm.commands.data import data
 from looplm.commands.generating import generate
 from looplm.commands.training import demo, train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate}
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "data": data, "generate": generate}
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -109,9 +109,10 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], ["demo", "train", "generate", "The toolkit for looped language models"]),
+        (["--help"], ["demo", "train", "data", "generate", "The toolkit for looped language models"]),
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output", "--dry-run"]),
+        (["data", "--help"], ["{prepare}", "a YAML recipe", "--workers", "--anew"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
     ],
 )

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from looplm.data.mixture import Mixture
 from looplm.data.pipeline import Windows
-from looplm.data.preparing import Preparation, prepare
+from looplm.data.preparing import prepare
 from looplm.data.shards import PreparedSource
 from looplm.data.splitting import training_texts
 from looplm.data.tokenizers import load_tokenizer, train_bpe
@@ -35,8 +35,9 @@ from looplm.model.modeling import OuroForCausalLM
 from looplm.model.upcycling import upcycle
 from looplm.training.acceleration import check_compiler
 from looplm.training.planning import PlannedStage, new_config, plan
+from looplm.training.preparation import PreparationProgress
 from looplm.training.recipe import Recipe
-from looplm.training.tracking import Progress, Tracker, check_tracking, short
+from looplm.training.tracking import Tracker, check_tracking
 from looplm.training.trainer import StageResult, Trainer, TrainingState, build_optimizer
 
 
@@ -112,21 +113,35 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(place)
 
 
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def data_folder(recipe: Recipe) -> Path:
+    """Where the tokenised text of a recipe is kept."""
+    return Path(recipe.data.folder or Path(recipe.output) / "data")
+
+
+def prepare_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, workers: int | None = None, anew: bool = False
+) -> PreparedData:
     """Tokenise the sources that are not in the data folder yet, and open all of them.
+
+    Args:
+        workers: processes that encode; None takes one for each core.
+        anew: replace prepared sources that no longer match, instead of refusing.
 
     Raises:
         ValueError: a missing source, an empty one, or prepared data that does not fit the recipe any more.
     """
-    folder = recipe.data.folder or Path(recipe.output) / "data"
-    with Progress(1.0, "preparing") as bar:
-
-        def report(done: Preparation) -> None:
-            bar.note(f"{done.source}: {short(done.tokens)} tokens, {done.fraction:.0%}")
-
-        return PreparedData(
-            tokenizer, prepare(recipe.data.sources, tokenizer, folder, recipe.data.validation_every, report=report)
+    settings = recipe.data
+    with PreparationProgress() as report:
+        sources = prepare(
+            settings.sources,
+            tokenizer,
+            data_folder(recipe),
+            settings.validation_every,
+            workers=workers,
+            anew=anew,
+            report=report,
         )
+    return PreparedData(tokenizer, sources)
 
 
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> OuroConfig:

@@ -183,21 +183,24 @@ class Progress:
         elif self._line is not None:
             self.note(self._line)
 
-    def update(self, completed: float, tokens: int, loss: float, depth: float, **more: float) -> None:
+    def update(
+        self, completed: float, tokens: int, loss: float | None = None, depth: float | None = None, **more: float
+    ) -> None:
         """Show the state after a step.
 
         Args:
             completed: how much of `total` is done, counted from the start of the whole work.
             tokens: tokens done since then; the rate shown is that of the last half minute.
-            loss: nats per token.
-            depth: mean (or expected) exit loop.
+            loss: nats per token, of training.
+            depth: mean (or expected) exit loop, of training.
             **more: further numbers, shown as `name value`.
         """
         now = time.monotonic()
         self._recent.append((now, completed, tokens))
         while now - self._recent[0][0] > _WINDOW and len(self._recent) > 2:
             self._recent.popleft()
-        numbers = [f"loss {loss:.3f}", f"depth {depth:.2f}"]
+        numbers = [] if loss is None else [f"loss {loss:.3f}"]
+        numbers += [] if depth is None else [f"depth {depth:.2f}"]
         numbers += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in more.items()]
         status = " · ".join(self._pace() + numbers)
         if self._live:
