@@ -26,7 +26,7 @@ def train(
         bool, arg(help="print every stage resolved (tokens, steps, parameters, FLOPs) and stop")
     ] = False,
 ) -> None:
-    """Train a model from a recipe, stage by stage; saves model folders, metrics and a report."""
+    """Train a model from a recipe, stage by stage; started again, it goes on from its last checkpoint."""
     from looplm.training.recipe import load_recipe
 
     settings = load_recipe(recipe)
@@ -42,10 +42,16 @@ def train(
         return
 
     from looplm.training.report import save_report
+    from looplm.training.resume import Stopped
     from looplm.training.run import train as run
     from looplm.training.summary import build_report, loop_table, stage_table
 
-    report = build_report(f"looplm train {recipe}", command_line(), run(settings))
+    try:
+        finished = run(settings)
+    except Stopped as stopped:
+        print(stopped)
+        return
+    report = build_report(f"looplm train {recipe}", command_line(), finished)
     page = save_report(settings.output, report)
     console = Console()
     if len(report["stages"]) > 1:

@@ -140,6 +140,10 @@ class Checkpoints:
         names = (path.name for path in self.folder.glob("[!.]*/"))
         return sorted(name for name in names if not name.startswith(_ASIDE))
 
+    def remove_all(self) -> None:
+        """Whole, damaged and half-written ones."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; None where there is none at all.
 

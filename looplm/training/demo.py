@@ -54,7 +54,7 @@ def run_demo(minutes: float, output: str, command: str, console: Console) -> dic
     began = time.monotonic()
     recipe = demo_recipe(minutes, output)
     _say(console, f"demo: at most {minutes:g} minutes; everything goes to {output}/")
-    run = train(recipe)
+    run = train(recipe, anew=True)
     model, data = run.state.model, run.data
     report = build_report("looplm demo", command, run)
     console.print(loop_table(report))

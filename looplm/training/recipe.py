@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 from looplm.data.settings import SourceSettings
 from looplm.objectives.settings import GateSettings, LoopCountSettings, LoopRegulariserSettings
 from looplm.settings import Fraction, NotNegative, Positive, Section
+from looplm.training.spikes import RollbackSettings
 
 
 class DataSettings(Section):
@@ -95,6 +96,17 @@ class UpcycleSettings(Section):
     """The stack repeated, or each layer repeated; the paper does not say which."""
 
 
+class CheckpointSettings(Section):
+    """When the state of the run is saved, besides the start of every stage and the end of the run."""
+
+    every_minutes: Positive = 10.0
+    """Wall-clock minutes between checkpoints."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps instead of minutes."""
+    keep: PositiveInt = 2
+    """How many of the newest stay; the ends of stages stay besides."""
+
+
 class StageDefaults(Section):
     """What a stage can override; in `defaults` it holds for every stage that does not."""
 
@@ -143,6 +155,8 @@ class StageDefaults(Section):
     """Draw the loops of each step instead of always running T."""
     loop_regulariser: LoopRegulariserSettings | None = None
     """Pull blocks of layers together (Saunshi et al.)."""
+    rollback: RollbackSettings | None = None
+    """Where the loss spikes, go back to the last checkpoint and pass over the batch; off by default."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     """`auto` measures whether bf16 products pay on this machine."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -200,6 +214,7 @@ class Recipe(Section):
     model: ModelSettings = ModelSettings()
     tracking: list[Literal["tensorboard"]] = Field(default_factory=list)
     """Where records go beside metrics.jsonl."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
     defaults: StageDefaults = StageDefaults()
     stages: Annotated[list[Stage], Field(min_length=1)]
 

@@ -8,17 +8,20 @@ checked before the output folder is made. It leaves in the output folder:
     metrics.jsonl       every step, evaluation and warning, and the result of every stage
     stage-N-NAME/       what each stage but the last left: a `save_pretrained` folder with the recipe
     model/              the newest model, saved at every evaluation; in the end what the last stage left
+    checkpoints/        the state of the run, from which it goes on (`looplm.training.resume`)
 
 Between stages the optimizer's state goes on with the parameters: a new stage is a new schedule, not a new optimizer.
 Only upcycling makes new parameters, and so a new optimizer, which wants a warmup. (The paper does not say.)
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.nn.init import constant_
 from transformers import PreTrainedTokenizerBase
 
@@ -34,11 +37,19 @@ from looplm.model.loading import load_model
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.upcycling import upcycle
 from looplm.training.acceleration import check_compiler
+from looplm.training.checkpoint import Checkpoint, Checkpoints
+from looplm.training.evaluation import LoopEvaluation
+from looplm.training.gate_stage import run_gate_stage
 from looplm.training.planning import PlannedStage, new_config, plan
 from looplm.training.preparation import PreparationProgress
 from looplm.training.recipe import Recipe
-from looplm.training.tracking import Tracker, check_tracking
-from looplm.training.trainer import StageResult, Trainer, TrainingState, build_optimizer
+from looplm.training.resume import Keeper, RunLock, StopSignal, last_checkpoint, resumption_note
+from looplm.training.state import TrainingState
+from looplm.training.tracking import MetricsLog, Tracker, check_tracking
+from looplm.training.trainer import StageResult, Trainer, build_optimizer
+
+Views = list[tuple[Mixture, dict[str, Windows]]]
+"""Training samples and validation windows of every stage."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,7 @@ def begin_stage(state: TrainingState, stage: PlannedStage, before: PlannedStage 
         )
         state.optimizer = build_optimizer(state.model, settings)
     state.stage, state.step, state.minutes, state.evaluated = stage.number, 0, 0.0, 0
+    state.recent_losses, state.skipped = [], []
     state.health.forget_losses()
 
 
@@ -222,34 +234,85 @@ def enter_stage(state: TrainingState, stage: PlannedStage) -> None:
         state.model.gradient_checkpointing_disable()
 
 
-def train(recipe: Recipe) -> Run:
-    """Run a recipe.
+def train(recipe: Recipe, anew: bool = False) -> Run:
+    """Run a recipe; where its output folder holds a checkpoint of it, go on from there.
+
+    Args:
+        anew: begin at the beginning; checkpoints of an earlier run of the same data and model are removed.
 
     Raises:
-        ValueError: anything wrong with the recipe's input, before anything is written.
-        FloatingPointError: the loss stopped being finite.
+        ValueError: anything wrong with the recipe's input, before anything is written; or the output folder holds a
+            run of another recipe.
+        FloatingPointError: the loss stopped being finite, or spiked too often.
+        Stopped: SIGTERM came; everything is saved.
     """
     check_tracking(recipe.tracking)
     check_compiler([stage.compile for stage in recipe.stages])
-    tokenizer = recipe_tokenizer(recipe)
-    model = build_model(recipe, tokenizer)
-    stages = plan(recipe, model.config)
-    data = prepare_data(recipe, tokenizer)
-    views = [(data.mixture(stage, recipe.seed), data.windows(stage)) for stage in stages]
-    state = TrainingState(model, build_optimizer(model, recipe.stages[0]))
-    folder, results = Path(recipe.output), []
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    with Tracker(folder, recipe.tracking) as tracker:
-        for before, stage, view in zip([None, *stages], stages, views, strict=False):
-            begin_stage(state, stage, before)
+    folder = Path(recipe.output)
+    with RunLock(folder) as lock:
+        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoints.keep)
+        found = last_checkpoint(recipe, checkpoints, _say, anew)
+        tokenizer = recipe_tokenizer(recipe)
+        model = build_model(recipe, tokenizer)
+        stages = plan(recipe, model.config)
+        data = prepare_data(recipe, tokenizer)
+        views = [(data.mixture(stage, recipe.seed), data.windows(stage)) for stage in stages]
+        run = Run(recipe, stages, TrainingState(model, build_optimizer(model, recipe.stages[0]), stage=0), data, [])
+        if found is None:
+            checkpoints.remove_all()
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            _go_on(run, found)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        lock.take()
+        with nullcontext(StopSignal()) if anew else StopSignal() as stop:
+            _run_stages(run, views, checkpoints, stop)
+    return run
+
+
+def _go_on(run: Run, checkpoint: Checkpoint) -> None:
+    """Bring a run that has just been built to where a checkpoint left it."""
+    state, saved = run.state, checkpoint.state
+    reached = saved["training"]["stage"]
+    for before, stage in zip([None, *run.stages], run.stages[:reached], strict=False):
+        begin_stage(state, stage, before)
+        enter_stage(state, stage)
+    state.load(checkpoint)
+    for result in saved["results"]:
+        run.results.append(StageResult(**{**result, "final": LoopEvaluation(**result["final"])}))
+    MetricsLog(Path(run.recipe.output) / "metrics.jsonl").cut(saved["metrics"])
+    _say(resumption_note(checkpoint, run.recipe, state))
+
+
+def _run_stages(run: Run, views: Views, checkpoints: Checkpoints, stop: StopSignal) -> None:
+    """The stages that are left, each from where the state is in it."""
+    recipe, state, folder = run.recipe, run.state, Path(run.recipe.output)
+    with Tracker(folder, recipe.tracking, state.tokens) as tracker:
+        keeper = Keeper(recipe, checkpoints, state, run.results, tracker, stop)
+        save = _saver(recipe, state, run.data, folder / "model")
+        for before, stage, view in zip([None, *run.stages], run.stages, views, strict=False):
+            if stage.number < state.stage:
+                continue
+            if stage.number > state.stage:
+                begin_stage(state, stage, before)
             enter_stage(state, stage)
-            save = _saver(recipe, state, data, folder / "model")
-            results.append(Trainer(state, stage, *view, recipe.seed, tracker, save).run())
-            tracker.stage(asdict(results[-1]))
-            if stage is not stages[-1]:
-                _saver(recipe, state, data, folder / stage.folder)()
-    return Run(recipe, stages, state, data, results)
+            keeper.between_stages()
+            if stage.settings.gate is not None:
+                run.results.append(run_gate_stage(state, stage, *view, recipe.seed, tracker))
+                save()
+            else:
+                run.results.append(Trainer(state, stage, *view, recipe.seed, tracker, save, keeper).run())
+            tracker.stage(asdict(run.results[-1]))
+            if stage is not run.stages[-1]:
+                _saver(recipe, state, run.data, folder / stage.folder)()
+        if state.stage == len(run.stages):
+            state.stage, state.step = state.stage + 1, 0
+            keeper.save(milestone=True)
+        checkpoints.wait()
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _saver(recipe: Recipe, state: TrainingState, data: PreparedData, folder: Path) -> Callable[[], None]:

@@ -4,6 +4,8 @@ A batch is a pure function of (seed, sample number) and the schedules are pure f
 parameters, the optimizer's moments and a few plain numbers are all.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ class TrainingState:
         evaluated: evaluations done on its way.
         tokens, source_tokens: seen by the whole run, in all and by source.
         autocast: whether products are in bf16; measured once a run where the recipe says `auto`.
+        recent_losses: of the last steps, where the stage watches for spikes.
+        skipped: steps of the stage whose batch is passed over, because the loss spiked there.
         health: what the warnings remember.
     """
 
@@ -44,6 +48,8 @@ class TrainingState:
     tokens: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)
     autocast: bool | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     health: Health = field(default_factory=Health)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,12 +66,17 @@ class TrainingState:
     def plain(self) -> dict[str, Any]:
         """All but the tensors, for JSON; the keys are the field names."""
         values = {name: value for name, value in vars(self).items() if name not in ("model", "optimizer", "health")}
-        return {**values, "source_tokens": dict(self.source_tokens), "health": asdict(self.health)}
+        return copy.deepcopy({**values, "health": asdict(self.health)})
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take everything back from a checkpoint of `tensors` and `plain`; the model has its shape already.
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Take back what `plain` gave."""
+        for name, value in values.items():
+            setattr(self, name, Health(**value) if name == "health" else value)
 
-        Rates, decay and betas are the optimizer's own: the recipe gives them.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take back everything from a checkpoint of `tensors` and, as "training", `plain`.
+
+        The model has its shape already, and the optimizer its rates, decay and betas: the recipe gives them.
 
         Raises:
             ValueError: the checkpoint is of a model of another shape.
@@ -78,8 +89,7 @@ class TrainingState:
             if fields:
                 self.optimizer.state[parameter] = {key: _room(parameter, shape) for key, shape in fields.items()}
         checkpoint.load(self.tensors())
-        for name, value in checkpoint.state["training"].items():
-            setattr(self, name, Health(**value) if name == "health" else value)
+        self.restore(checkpoint.state["training"])
 
 
 def _room(parameter: Tensor, shape: torch.Size) -> Tensor:

@@ -44,6 +44,18 @@ class MetricsLog:
         self._file.write(line + "\n")
         self._file.flush()
 
+    def position(self) -> int:
+        """Bytes written so far, and on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, position: int) -> None:
+        """Drop the records after an earlier `position`."""
+        self.close()
+        if self.path.exists():
+            os.truncate(self.path, position)
+
     def close(self) -> None:
         """Close the file; a later record opens it again."""
         if self._file is not None:
@@ -66,15 +78,16 @@ class Tracker:
     Args:
         folder: the run's output.
         targets: what else to write to; `tensorboard` or nothing.
+        tokens: that the run has seen already, where it goes on; TensorBoard hides what an earlier process wrote beyond.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], targets: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str | os.PathLike[str], targets: Sequence[str] = (), tokens: int = 0) -> None:
         self.log = MetricsLog(Path(folder) / "metrics.jsonl")
         self._board: Any = None
         if "tensorboard" in targets:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(Path(folder) / "tensorboard"))
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=tokens + 1 if tokens else None)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A training step; TensorBoard gets its numbers over tokens, lists as one curve a loop."""

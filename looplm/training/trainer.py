@@ -21,7 +21,9 @@ from looplm.training.gradients import Batch, accumulate
 from looplm.training.loop_counts import sampled_loop_count
 from looplm.training.planning import PlannedStage
 from looplm.training.recipe import StageDefaults
+from looplm.training.resume import Keeper
 from looplm.training.schedule import Budget, exit_beta, learning_rate
+from looplm.training.spikes import spike_limit
 from looplm.training.state import TrainingState
 from looplm.training.tracking import Progress, Tracker
 
@@ -68,6 +70,7 @@ class Trainer:
         seed: the recipe's.
         tracker: takes the records.
         save: writes the model folder; called at every evaluation.
+        keeper: writes checkpoints, and goes back to them where the loss spikes; without one nothing is kept.
 
     Raises:
         ValueError: compile is `on`, but no compiler works.
@@ -82,10 +85,12 @@ class Trainer:
         seed: int,
         tracker: Tracker,
         save: Callable[[], None],
+        keeper: Keeper | None = None,
     ) -> None:
         self.state, self.stage, self.settings = state, stage, stage.settings
         self.mixture, self.validation, self.seed = mixture, validation, seed
         self.tracker, self.save, self.batches = tracker, save, stage.batches
+        self.keeper = keeper
         if state.autocast is None or self.settings.autocast != "auto":
             width = state.model.config.hidden_size
             state.autocast = choose_autocast(self.settings.autocast, state.model.device, width)
@@ -95,16 +100,24 @@ class Trainer:
         """Train until the stage's budget is spent, then evaluate on the whole validation text.
 
         Raises:
-            FloatingPointError: a loss or the gradient is not finite; names the step.
+            FloatingPointError: a loss or the gradient is not finite, or spiked more often than the stage allows.
+            Stopped, OSError: see `Keeper.after_step`.
         """
         state, settings = self.state, self.settings
-        before = state.tokens - self._tokens(state.step)
+        before = state.tokens - self._seen()
         with Progress(1.0, self.stage.name) as bar:
             if self.not_compiled is not None:
                 bar.note(f"layers are not compiled: {self.not_compiled}")
             budget = Budget(self.stage.steps, settings.minutes, before=state.minutes)
             while (progress := budget.progress(state.step)) < 1:
-                record = self.step(progress)
+                if state.step in state.skipped:
+                    state.step += 1
+                    continue
+                try:
+                    record = self.step(progress)
+                except FloatingPointError as error:
+                    self._go_back(error, bar)
+                    continue
                 state.minutes = record["minutes"] = budget.elapsed_minutes
                 self.tracker.step(record)
                 bar.update(progress, state.tokens - before, record["loop_losses"][-1], record["expected_depth"])
@@ -114,6 +127,9 @@ class Trainer:
                 if state.evaluated < due < settings.evaluations:
                     state.evaluated = due
                     self._evaluate(settings.evaluation_windows, bar)
+                    state.minutes = budget.elapsed_minutes
+                if self.keeper is not None:
+                    self.keeper.after_step()
             final = self._evaluate(None, bar)
             state.minutes = budget.elapsed_minutes
         return self._result(final)
@@ -128,9 +144,7 @@ class Trainer:
         loops = self.loops(state.step)
         values = accumulate(state.model, self._micro_batches(), settings, beta, loops, bool(state.autocast))
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip).item()
-        if not (math.isfinite(values.loss) and math.isfinite(norm)):
-            where = f"{self.stage.name}, step {state.step}"
-            raise FloatingPointError(f"{where}: the loss is {values.loss} and the gradient norm {norm}; {REMEDY}")
+        self._check(values.loss, norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         record = {"stage": self.stage.settings.name, "step": state.step}
@@ -138,6 +152,37 @@ class Trainer:
         state.step += 1
         counts = {"tokens": state.tokens, "source_tokens": dict(state.source_tokens)}
         return {**record, **counts, "learning_rate": rate, "exit_beta": beta, **asdict(values), "grad_norm": norm}
+
+    def _check(self, loss: float, norm: float) -> None:
+        """Refuse a loss or gradient that is not finite, or a spike where the stage watches for them."""
+        state, rollback = self.state, self.settings.rollback
+        where = f"{self.stage.name}, step {state.step}"
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"{where}: the loss is {loss} and the gradient norm {norm}; {REMEDY}")
+        if rollback is None:
+            return
+        limit = spike_limit(state.recent_losses, rollback)
+        if loss > limit:
+            raise FloatingPointError(f"{where}: the loss spikes to {loss:.3f}, above {limit:.3f}")
+        state.recent_losses = [*state.recent_losses, loss][-rollback.window :]
+
+    def _go_back(self, error: FloatingPointError, bar: Progress) -> None:
+        """Put everything back to the last checkpoint, and pass over the batch of the present step from then on.
+
+        A kill after this loses the list of what to pass over, but not what is on it: the same losses find it again.
+
+        Raises:
+            FloatingPointError: the one given, where the stage does not ask for this or it has been done too often.
+        """
+        rollback, skipped = self.settings.rollback, [*self.state.skipped, self.state.step]
+        if rollback is None or self.keeper is None:
+            raise error
+        if len(skipped) > rollback.most:
+            raise FloatingPointError(f"{error}; {rollback.most} batches were passed over already; {REMEDY}") from error
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.keeper.go_back()
+        self.state.skipped = skipped
+        self._warn(f"{error}: back to step {self.state.step}, to pass over the batch of step {skipped[-1]}", bar)
 
     def loops(self, step: int) -> int:
         """T of a step: the stage's, or drawn."""
@@ -157,6 +202,12 @@ class Trainer:
 
     def _tokens(self, steps: int) -> int:
         return self.batches.first(steps) * self.settings.sequence_length
+
+    def _seen(self) -> int:
+        """Tokens of the stage's steps so far, without the batches that were passed over."""
+        state = self.state
+        passed = sum(self._tokens(step + 1) - self._tokens(step) for step in state.skipped if step < state.step)
+        return self._tokens(state.step) - passed
 
     def _count_tokens(self) -> None:
         """Add the tokens of the present step to the state's counts."""
@@ -212,7 +263,7 @@ class Trainer:
             sequence_length=self.settings.sequence_length,
             parameters=self.stage.parameters,
             steps=state.step,
-            tokens=self._tokens(state.step),
+            tokens=self._seen(),
             minutes=state.minutes,
             compiled=self.not_compiled is None,
             autocast="bfloat16" if state.autocast else None,

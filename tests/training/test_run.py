@@ -21,6 +21,8 @@ from looplm.training.summary import build_report
 from looplm.training.tracking import read_metrics
 from looplm.training.trainer import TrainingState, build_optimizer
 
+LEFT = {"checkpoints", "data", "model", "metrics.jsonl", "recipe.yaml"}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -34,7 +36,7 @@ def folder(recipe) -> Path:
 
 def test_what_a_run_leaves(finished):
     recipe, out = finished.recipe, folder(finished.recipe)
-    assert {path.name for path in out.iterdir()} == {"data", "model", "metrics.jsonl", "recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == LEFT
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml"}
     assert expected <= {path.name for path in (out / "model").iterdir()}
     assert load_recipe(out / "recipe.yaml") == load_recipe(out / "model" / "recipe.yaml") == recipe
@@ -307,5 +309,5 @@ def test_a_failing_save_leaves_the_last_model(tmp_path, monkeypatch):
     monkeypatch.setattr(OuroForCausalLM, "save_pretrained", save_pretrained)
     with pytest.raises(OSError, match="disk full"):
         train(recipe)
-    assert {path.name for path in folder(recipe).iterdir()} == {"data", "model", "metrics.jsonl", "recipe.yaml"}
+    assert {path.name for path in folder(recipe).iterdir()} == LEFT
     AutoModelForCausalLM.from_pretrained(folder(recipe) / "model")
