@@ -6,10 +6,12 @@ Static depths 1..T come from one plain pass, which is what freezing every positi
 
 Intervals are 95 % percentile bootstrap intervals over windows, and all points share their resamples, so differences
 are paired. Two rules are compared at equal mean loops by linear interpolation between the points of each. That is
-attainable: choosing between the two neighbouring settings by a coin for each text has that loss at that depth.
+attainable: choosing between the two neighbouring settings by a coin for each text has that loss at that depth. Windows
+of one document are not independent, and intervals over them too narrow: let the windows come from many documents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from looplm.exits import Confidence, ExitRule, QExit, StateDifference
+from looplm.exits import Confidence, ExitRule, QExit, StateDifference, exit_cdf
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.outputs import OuroCausalLMOutput
 from looplm.objectives.token_losses import IGNORED
@@ -28,8 +30,8 @@ from looplm.training.tracking import Progress
 STATIC = "static depth"
 """The curve of fixed depths."""
 
-GATE_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Q-exit thresholds; Stage II gates, whose hazards stay below 0.57, do their work between 0.3 and 0.7."""
+SPACING = 0.5
+"""Mean loops between the comparisons of two rules, and between the settings at which a gate is scored."""
 
 CONFIDENCE_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Thresholds of the largest probability."""
@@ -116,11 +118,24 @@ def gate_of(model: OuroForCausalLM) -> Gate:
     return {name: value.detach().clone() for name, value in model.model.early_exit_gate.state_dict().items()}
 
 
+@contextmanager
+def _lent(model: OuroForCausalLM) -> Iterator[Gate]:
+    """The model in eval mode; its mode and its gate, which is given here, are as they were afterwards."""
+    own, was_training = gate_of(model), model.training
+    model.eval()
+    try:
+        yield own
+    finally:
+        model.model.early_exit_gate.load_state_dict(own)
+        model.train(was_training)
+
+
 def compare_gates(model: OuroForCausalLM, batches: Batches, gates: Mapping[str, Gate], *, seed: int = 0) -> Frontier:
     """The frontiers of several gates of one frozen model, of static depth and of one confidence rule.
 
-    The confidence rule, the largest probability, is left out for a model with a coda, whose read-out has no parallel
-    form while positions freeze.
+    Every gate is scored at thresholds of its own that spread its mean depth evenly (`thresholds_for`). The confidence
+    rule, the largest probability, is left out for a model with a coda, whose read-out has no parallel form while
+    positions freeze.
 
     Args:
         gates: by name, see `gate_of`; the later ones are compared with the first (say, Stage I's).
@@ -129,10 +144,44 @@ def compare_gates(model: OuroForCausalLM, batches: Batches, gates: Mapping[str, 
     Raises:
         ValueError: as `frontier`.
     """
-    curves = {name: Curve([QExit(q) for q in GATE_THRESHOLDS], gate) for name, gate in gates.items()}
+    depths = np.arange(1 + SPACING / 2, model.config.total_ut_steps, SPACING).tolist()
+    curves = {}
+    with _lent(model):
+        for name, gate in gates.items():
+            model.model.early_exit_gate.load_state_dict(gate)
+            curves[name] = Curve([QExit(q) for q in thresholds_for(model, batches, depths)], gate)
     if not model.config.num_coda_layers:
         curves["max probability"] = Curve([Confidence("max_probability", p) for p in CONFIDENCE_THRESHOLDS])
     return frontier(model, batches, curves, seed=seed)
+
+
+@torch.no_grad()
+def thresholds_for(model: OuroForCausalLM, batches: Batches, depths: Sequence[float]) -> list[float]:
+    """Q-exit thresholds at which the mean depth of the target positions is about each of `depths`.
+
+    Found on a plain pass, in which no position is frozen, so that a freezing pass comes out near them; equal and
+    neighbouring ones where the gate can do no better. The gate is the model's, the batches are as in `frontier`; their
+    losses are not looked at.
+
+    Returns:
+        Ascending thresholds in (0, 1], without repetition.
+
+    Raises:
+        ValueError: no target position.
+    """
+    reached = []
+    with _lent(model):
+        for batch in batches:
+            ids, places = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+            cdf = exit_cdf(model(ids, position_ids=places, skip_logits=True).gate_logits)[..., :-1]
+            reached.append(cdf[batch["labels"].to(model.device) != IGNORED].cpu())
+    cdf = torch.cat(reached)
+    if not len(cdf):
+        raise ValueError("the batches hold no target token; a threshold needs some to be found on")
+    # a position goes on after every loop whose CDF is below q, so the mean depth is 1 + (number of those) / positions
+    levels = cdf.flatten().sort().values
+    below = [min(round((depth - 1) * len(cdf)), len(levels) - 1) for depth in depths]
+    return sorted({float(levels[count]) for count in below if levels[count] > 0})
 
 
 @torch.no_grad()
@@ -159,21 +208,16 @@ def frontier(
     Raises:
         ValueError: fewer than two windows with a target, or what `forward` refuses.
     """
-    own, was_training, most = gate_of(model), model.training, loops or model.config.total_ut_steps
+    most = loops or model.config.total_ut_steps
     passes = [(name, curve.gate, rule) for name, curve in curves.items() for rule in curve.rules]
-    model.eval()
-    try:
-        with Progress(len(passes) + 1, "frontier") as bar:
-            scored: _Scored = {STATIC: _static(model, batches, most), **{name: [] for name in curves}}
-            for done, (name, gate, rule) in enumerate(passes, start=2):
-                model.model.early_exit_gate.load_state_dict(own if gate is None else gate)
-                sums = np.concatenate([_frozen(model, batch, rule, most) for batch in batches])
-                scored[name].append((_setting(rule), sums))
-                tokens, nats, depth = sums.sum(0)
-                bar.update(done, int(done * tokens), nats / tokens, depth / tokens)
-    finally:
-        model.model.early_exit_gate.load_state_dict(own)
-        model.train(was_training)
+    with _lent(model) as own, Progress(len(passes) + 1, "frontier") as bar:
+        scored: _Scored = {STATIC: _static(model, batches, most), **{name: [] for name in curves}}
+        for done, (name, gate, rule) in enumerate(passes, start=2):
+            model.model.early_exit_gate.load_state_dict(own if gate is None else gate)
+            sums = np.concatenate([_frozen(model, batch, rule, most) for batch in batches])
+            scored[name].append((_setting(rule), sums))
+            tokens, nats, depth = sums.sum(0)
+            bar.update(done, int(done * tokens), nats / tokens, depth / tokens)
     return summarise(scored, seed)
 
 
@@ -254,9 +298,9 @@ def _point(setting: float, drawn: _Sums) -> Point:
 
 
 def _compared(curve: str, baseline: str, lines: Mapping[str, _Sums]) -> list[Comparison]:
-    """Differences at every half loop that both curves reach; at the ends, 1 and T, all rules are the same."""
+    """Differences at every half loop that both curves reach, but for the ends 1 and T, where all rules are the same."""
     pair, found = (lines[curve], lines[baseline]), []
-    for loops in np.arange(1.5, lines[STATIC][0, 0].max(), 0.5).tolist():
+    for loops in np.arange(1 + SPACING, lines[STATIC][0, 0].max(), SPACING).tolist():
         if not all(line[0, 0].min() <= loops <= line[0, 0].max() for line in pair):
             continue
         ours, theirs = (np.array([loss_at(loops, *drawn) for drawn in line.transpose(1, 0, 2)]) for line in pair)

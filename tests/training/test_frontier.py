@@ -27,6 +27,7 @@ from looplm.training.frontier import (
     gate_of,
     loss_at,
     summarise,
+    thresholds_for,
 )
 
 WINDOWS = Windows(encoded([30, 5, 2, 41, 17, 60, 44]), 16, separate_documents=True, keep_remainder=True)
@@ -89,10 +90,11 @@ def test_points_are_those_of_one_freezing_pass_a_window(model: OuroForCausalLM) 
 def test_gates_are_swapped_and_given_back(model: OuroForCausalLM) -> None:
     own, other = gate_of(model), other_gate(model)
     found = compare_gates(model, BATCHES, {"stage I": own, "stage II": other})
+    first, second = (found.curves[name][2].setting for name in ("stage I", "stage II"))
     assert model.training and all(torch.equal(a, b) for a, b in zip(own.values(), gate_of(model).values(), strict=True))
-    plain = frontier(model, BATCHES, {"a": Curve([QExit(0.3)]), "b": Curve([QExit(0.3)], other)})
-    assert plain.curves["a"][0] == next(p for p in found.curves["stage I"] if p.setting == 0.3)
-    assert plain.curves["b"][0] == next(p for p in found.curves["stage II"] if p.setting == 0.3)
+    plain = frontier(model, BATCHES, {"a": Curve([QExit(first)]), "b": Curve([QExit(second)], other)})
+    assert plain.curves["a"][0] == found.curves["stage I"][2]
+    assert plain.curves["b"][0] == found.curves["stage II"][2]
     assert plain.curves["a"][0] != plain.curves["b"][0]
     assert list(found.curves) == [STATIC, "stage I", "stage II", "max probability"]
     pairs = {(c.curve, c.baseline) for c in found.comparisons}
@@ -104,6 +106,30 @@ def test_gates_are_swapped_and_given_back(model: OuroForCausalLM) -> None:
         ("max probability", "stage I"),
     }
     assert ("max probability", STATIC) in pairs
+
+
+@torch.no_grad()
+def test_thresholds_reach_their_depths_on_a_plain_pass(model: OuroForCausalLM) -> None:
+    wanted = [1.2, 1.5, 2.0, 2.5, 2.9]
+    found = thresholds_for(model, BATCHES, wanted)
+    assert len(found) == 5 and found == sorted(found) and model.training
+    model.eval()
+    for depth, threshold in zip(wanted, found, strict=True):
+        depths = [
+            model(batch["input_ids"], position_ids=batch["position_ids"], exit_threshold=threshold).exit_depths[valid]
+            for batch in BATCHES
+            for valid in [batch["labels"] != -100]
+        ]
+        # the first positions of the 7 documents are alike, so up to 7 go together
+        assert torch.cat(depths).double().mean().item() == pytest.approx(depth, abs=8 / WINDOWS.corpus.text_tokens)
+    model.train()
+
+
+def test_thresholds_need_a_target(model: OuroForCausalLM) -> None:
+    nothing = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in BATCHES]
+    with pytest.raises(ValueError, match="the batches hold no target token"):
+        thresholds_for(model, nothing, [1.5])
+    assert model.training
 
 
 def test_the_model_is_given_back_after_a_fault(model: OuroForCausalLM) -> None:
