@@ -14,8 +14,10 @@ from looplm.data.encoding import Encoder
 from looplm.data.sources import Source
 
 Fingerprint = dict[str, Any]
-"""JSON values: `tokenizer`, `validation_every`, `settings`, and `files` by relative name."""
+"""JSON values: `format`, `tokenizer`, `validation_every`, `settings`, and `files` by relative name."""
 
+FORMAT = 1
+"""Raised when documents are read, split, encoded or laid out in another way than before."""
 _SHOWN = 3
 
 
@@ -28,10 +30,11 @@ def fingerprint(source: Source, encoder: Encoder, validation_every: int, known: 
         validation_every: one document in so many is held out.
         known: an earlier fingerprint of it, which spares reading files that look unchanged.
     """
-    seen: Mapping[str, Any] = known["files"] if known else {}
+    seen: Mapping[str, Any] = known.get("files", {}) if known else {}
     files = {path.relative_to(source.root).as_posix(): path for path in source.files}
     settings = source.settings.model_dump(mode="json", exclude=None if source.settings.is_hub else {"location"})
     return {
+        "format": FORMAT,
         "tokenizer": encoder.fingerprint,
         "validation_every": validation_every,
         "settings": settings,
@@ -41,6 +44,8 @@ def fingerprint(source: Source, encoder: Encoder, validation_every: int, known: 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What differs, in words; empty where the prepared data still fits."""
+    if old.get("format") != new["format"]:
+        return ["it was prepared by another version of looplm"]
     found = []
     if old["tokenizer"] != new["tokenizer"]:
         found.append("the tokenizer is another one")

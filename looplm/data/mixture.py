@@ -147,6 +147,6 @@ def _whole_numbers(weights: Mapping[str, float], corpora: Mapping[str, object]) 
             raise ValueError(f"mixture: no source {name!r}; there is {', '.join(nearest) or 'none'}")
         if not 0 < weight < math.inf:
             raise ValueError(f"mixture: weight of {name} is {weight}: give a number above 0, or leave the source out")
-    fractions = [Fraction(repr(weights[name])) for name in sorted(weights)]
+    fractions = [Fraction(str(weights[name])) for name in sorted(weights)]
     denominator = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * denominator) for fraction in fractions]

@@ -7,7 +7,6 @@ encoding, and encodes what is missing. What has been prepared before is left as 
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +19,16 @@ from looplm.data.chat import Document, document_text
 from looplm.data.encoding import Encoder
 from looplm.data.fingerprint import Fingerprint, changes, fingerprint
 from looplm.data.settings import SourceSettings
-from looplm.data.shards import SIDES, Index, PreparedSource, ShardWriter, damage, open_corpus, read_index
+from looplm.data.shards import (
+    SIDES,
+    Index,
+    PreparedSource,
+    ShardWriter,
+    damage,
+    open_corpus,
+    read_index,
+    remove_prepared,
+)
 from looplm.data.sources import Source, open_source
 from looplm.data.splitting import split_source
 from looplm.data.workers import Chunk, available_cores, encode_chunks
@@ -85,7 +93,7 @@ def prepare(
         ValueError: before anything is written: a name that cannot be a folder's, a source that is missing, empty, or
             whose first record has no text; a tokenizer without the markers that chat data needs; prepared data that
             does not fit any more (the message says what changed). Later: a record that cannot be read.
-        OSError: the disk is full or failed; what has been recorded stays.
+        OSError: the disk is full or failed, or a worker was killed; what has been recorded stays.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: give at least 1")
@@ -93,13 +101,13 @@ def prepare(
         raise ValueError("data.sources is empty: name at least one source")
     encoder, folder = Encoder.of(tokenizer), Path(folder)
     plans = [_plan(name, settings, encoder, validation_every, folder, anew) for name, settings in sources.items()]
-    for plan in plans:
-        if not _is_prepared(plan):
-            next(split_source(plan.source, validation_every))
-    for plan in plans:
+    missing = [plan for plan in plans if not _is_prepared(plan)]
+    for plan in missing:
+        next(split_source(plan.source, validation_every))
+    for plan in missing:
         plan.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(plan.folder / ".lock"):
-            if not _is_prepared(plan):
+            if not _is_prepared(plan):  # another process may have done it while this one waited
                 _write(plan, workers or available_cores(), report)
     return {name: open_corpus(folder, name) for name in sources}
 
@@ -152,9 +160,9 @@ def _write(plan: _Plan, workers: int, report: Report | None) -> None:
     chat = plan.source.settings.messages_field is not None
     index = read_index(plan.folder)
     if index is None or not _fits(plan, index):
-        _clear(plan.folder)
-        write_json(plan.folder / _FINGERPRINT, plan.fingerprint)
         index = Index(plan.encoder.dtype.name, chat)
+        remove_prepared(plan.folder)
+        write_json(plan.folder / _FINGERPRINT, plan.fingerprint)
     with ShardWriter(plan.folder, index) as writer:
         writer.record()
         for chunk, corpora in encode_chunks(plan.encoder, _chunks(plan, index.documents), workers):
@@ -187,11 +195,3 @@ def _chunks(plan: _Plan, skip: int) -> Iterator[Chunk]:
             train, validation, characters = [], [], 0
     if train or validation:
         yield Chunk(train, validation, read)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what was prepared, but not the lock."""
-    for path in folder.iterdir():
-        if path.name == ".lock":
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

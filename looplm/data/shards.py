@@ -87,6 +87,13 @@ def read_index(folder: Path) -> Index | None:
         return None
 
 
+def remove_prepared(folder: Path) -> None:
+    """Remove an index and the files it may speak of, and nothing else; the index goes first."""
+    arrays = (folder / f"{side}.{kind}" for side in SIDES for kind in ("tokens", "offsets", "learnt"))
+    for path in (folder / _INDEX, *arrays):
+        path.unlink(missing_ok=True)
+
+
 def damage(folder: Path, index: Index) -> str | None:
     """The first file that is shorter than the index says, in words; None where all are there."""
     for name, (dtype, length) in index.arrays().items():

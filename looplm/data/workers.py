@@ -40,7 +40,7 @@ def encode_chunks(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> It
     flight at most, so memory does not grow with the source.
 
     Raises:
-        RuntimeError: a worker was killed, for instance because memory ran out.
+        ChildProcessError: a worker was killed, for instance because memory ran out.
     """
     chunks = iter(chunks)
     first = list(islice(chunks, 2))
@@ -60,7 +60,9 @@ def encode_chunks(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> It
             done, future = waiting.popleft()
             yield done, future.result()
     except BrokenProcessPool:
-        raise RuntimeError("a worker process was killed, probably for want of memory: use fewer workers") from None
+        raise ChildProcessError(
+            "a process that encodes was killed, probably for want of memory: give fewer workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

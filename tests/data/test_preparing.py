@@ -1,5 +1,6 @@
 """Preparing and opening: exactly what encoding in memory gives, in any number of processes, whatever kills them."""
 
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from looplm.data.mixture import Mixture
 from looplm.data.pipeline import Windows
 from looplm.data.preparing import Preparation, prepare
 from looplm.data.settings import SourceSettings
-from looplm.data.shards import PreparedSource, open_corpus
+from looplm.data.shards import PreparedSource, ShardWriter, open_corpus
 from looplm.data.splitting import hold_out
 from looplm.data.tokenizers import train_bpe
 
@@ -186,6 +187,22 @@ class TestFingerprint:
         assert self.changed(tmp_path, texts) == "its fingerprint is gone"
         assert open_corpus(tmp_path / "data", "texts").train.documents > 40
 
+    def test_another_version(self, tmp_path, texts):
+        path = tmp_path / "data" / "texts" / "fingerprint.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+        assert self.changed(tmp_path, texts) == "it was prepared by another version of looplm"
+
+    def test_other_files_in_the_folder_are_left_alone(self, tmp_path, texts):
+        (tmp_path / "data" / "texts" / "mine.txt").write_text("keep")
+        other = {"texts": SourceSettings(location=str(tmp_path / "in"), limit=40)}
+        assert self.changed(tmp_path, other) == "limit was None and is 40"
+        assert (tmp_path / "data" / "texts" / "mine.txt").read_text() == "keep"
+
+    def test_prepared_data_may_be_read_only(self, tmp_path, texts, monkeypatch):
+        monkeypatch.setattr(preparing, "FileLock", None)
+        monkeypatch.setattr(Path, "mkdir", None)
+        prepare(texts, TOKENIZER, tmp_path / "data", 8)
+
 
 class TestRefusedBeforeAnythingIsWritten:
     def refused(self, tmp_path, sources, **options) -> str:
@@ -286,6 +303,34 @@ class TestInterruptions:
                 return
             time.sleep(0.05)
         raise AssertionError("workers outlived their parent")
+
+    def test_two_processes_prepare_once(self, tmp_path):
+        documents = [f"{i} " + " ".join(random.Random(i).choices(WORDS, k=400)) for i in range(20)]
+        location = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in documents])
+        both = [self.start(tmp_path, location) for _ in range(2)]
+        said = [process.communicate()[0].split() for process in both]
+        assert [lines[-1] for lines in said] == ["done", "done"]
+        assert sorted(len(lines) > 1 for lines in said) == [False, True]
+        check(open_corpus(tmp_path / "data", "texts"), documents)
+
+    def test_a_full_disk_loses_nothing(self, tmp_path, sources, monkeypatch):
+        monkeypatch.setattr(preparing, "CHUNK_CHARACTERS", 900)
+        write, calls = ShardWriter._write, []
+
+        def full(writer, name, array):
+            calls.append(name)
+            if len(calls) > 30:
+                writer._files[name].write(b"torn")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(writer, name, array)
+
+        monkeypatch.setattr(ShardWriter, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(sources, TOKENIZER, tmp_path / "data", 8, workers=1)
+        monkeypatch.setattr(ShardWriter, "_write", write)
+        seen: list[Preparation] = []
+        check(prepare(sources, TOKENIZER, tmp_path / "data", 8, workers=1, report=seen.append)["texts"], TEXTS)
+        assert seen[0].fraction > 0.1
 
     def test_what_lies_beyond_the_index_is_cut_off(self, tmp_path, sources, monkeypatch):
         """A kill between writing and recording: the files are longer than the index says."""
