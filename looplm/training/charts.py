@@ -111,16 +111,16 @@ def depth_chart(counts: Mapping[int, int], deepest: int) -> str:
 
 
 def frontier_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Loss against mean loops, one line a rule with its settings as points and 95 % intervals; "" without data.
+    """Loss above full depth against mean loops: a line a rule, its settings as points with intervals; "" without data.
 
     Args:
-        curves: by name, the static one first: points with `setting`, `loops`, `loss` and `loss_interval`, as
-            `dataclasses.asdict` of a `looplm.training.frontier.Frontier` has them.
+        curves: by name, the static one first: points as `dataclasses.asdict` of a `looplm.training.frontier.Frontier`
+            has them.
     """
     points = [point for line in curves.values() for point in line]
     if not points:
         return ""
-    ends = [end for point in points for end in point["loss_interval"]]
+    ends = [end for point in points for end in point["above_full_interval"]]
     pad = max((max(ends) - min(ends)) * 0.05, 1e-3)
     x = _Scale(1, max(2, *(point["loops"] for point in points)), *_X)
     y = _Scale(min(ends) - pad, max(ends) + pad, *_Y)
@@ -132,22 +132,23 @@ def frontier_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         marks.append(f'<path class="curve" d="M{_X[0]:g} {height - 4.5:g}h22"/>')
         marks.append(f'<text class="label" x="{_X[0] + 30:g}" y="{height:g}">{escape(name)}</text></g>')
     text = "; ".join(
-        f"{name}: " + ", ".join(f"{point['loss']:.3f} at {point['loops']:.2f} loops" for point in line)
+        f"{name}: " + ", ".join(f"{point['above_full']:+.3f} at {point['loops']:.2f} loops" for point in line)
         for name, line in curves.items()
     )
-    return _svg("Loss against mean loops", text, (440, int(_Y[0]) + 56 + 18 * len(curves)), marks)
+    size = (440, int(_Y[0]) + 56 + 18 * len(curves))
+    return _svg("Loss in nats a token above full depth, against mean loops", text, size, marks)
 
 
 def _frontier_line(name: str, line: Sequence[Mapping[str, Any]], x: _Scale, y: _Scale) -> list[str]:
     """The line, an upright bar for each interval, and a circle for each point."""
-    marks = [f'<path class="curve" d="{_line((x(point["loops"]), y(point["loss"])) for point in line)}"/>']
-    for point in line:
-        across, (low, high) = x(point["loops"]), point["loss_interval"]
+    places = [(x(point["loops"]), y(point["above_full"])) for point in line]
+    marks = [f'<path class="curve" d="{_line(places)}"/>']
+    for point, (across, up) in zip(line, places, strict=True):
+        low, high = point["above_full_interval"]
         marks.append(f'<path class="leader" d="M{across:.1f} {y(low):.1f}V{y(high):.1f}"/>')
         marks.append(
-            f'<circle class="point" cx="{across:.1f}" cy="{y(point["loss"]):.1f}" r="3">'
-            f"<title>{escape(name)} at {point['setting']:g}: {point['loss']:.4f} nats a token, {point['loops']:.2f} "
-            f"loops</title></circle>"
+            f'<circle class="point" cx="{across:.1f}" cy="{up:.1f}" r="3"><title>{escape(name)} at '
+            f"{point['setting']:.3g}: {point['loss']:.4f} nats a token, {point['loops']:.2f} loops</title></circle>"
         )
     return marks
 

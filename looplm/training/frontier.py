@@ -57,13 +57,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a rule, with 95 % intervals; loops are means over positions, losses nats a token."""
+    """One setting of a rule, with 95 % intervals; loops are means over positions, losses nats a token.
+
+    How far texts differ in difficulty makes up most of `loss_interval`. It falls out of `above_full`, the loss less
+    that of the deepest static depth on the same windows: rules are told apart there.
+    """
 
     setting: float
     loops: float
     loops_interval: Interval
     loss: float
     loss_interval: Interval
+    above_full: float
+    above_full_interval: Interval
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,15 @@ class Frontier:
     def table(self) -> Table:
         """Every point, for the screen."""
         table = Table(title=f"Loss against loops over {self.windows} windows, {self.tokens} tokens")
-        for name in ("rule", "setting", "mean loops", "nats a token"):
+        for name in ("rule", "setting", "mean loops", "nats a token", "above full depth"):
             table.add_column(name, justify="left" if name == "rule" else "right")
         for curve, points in self.curves.items():
             for number, p in enumerate(points):
                 name = curve if number == 0 else ""
-                loops, loss = _shown(p.loops, p.loops_interval, 2), _shown(p.loss, p.loss_interval, 4)
-                table.add_row(name, f"{p.setting:g}", loops, loss, end_section=number == len(points) - 1)
+                loops, loss = _shown(p.loops, p.loops_interval, 2), _shown(p.loss, p.loss_interval, 3)
+                above = _shown(p.above_full, p.above_full_interval, 4, "+")
+                last = number == len(points) - 1
+                table.add_row(name, f"{p.setting:.3g}", loops, loss, above, end_section=last)
         return table
 
     def comparison_table(self) -> Table:
@@ -276,8 +284,10 @@ def summarise(scored: _Scored, seed: int) -> Frontier:
         for name, settings in scored.items()
         if settings
     }
+    full = lines[STATIC][1, :, -1]
     curves = {
-        name: [_point(scored[name][i][0], line[..., i]) for i in range(line.shape[-1])] for name, line in lines.items()
+        name: [_point(scored[name][i][0], line[..., i], full) for i in range(line.shape[-1])]
+        for name, line in lines.items()
     }
     others = [name for name in lines if name != STATIC]
     pairs = [(name, STATIC) for name in others] + [(name, others[0]) for name in others[1:]]
@@ -291,10 +301,10 @@ def _means(sums: _Sums) -> _Sums:
     return np.stack((loops / tokens, nats / tokens))
 
 
-def _point(setting: float, drawn: _Sums) -> Point:
-    """The point of means (2, 1 + R), the first of which is the sample's own."""
-    (loops, loss), spread = drawn[:, 0].tolist(), drawn[:, 1:]
-    return Point(setting, loops, _interval(spread[0]), loss, _interval(spread[1]))
+def _point(setting: float, drawn: _Sums, full: _Sums) -> Point:
+    """The point of means (2, 1 + R), the first of which is the sample's own; `full` is the loss at full depth."""
+    loops, loss, above = ((float(x[0]), _interval(x[1:])) for x in (*drawn, drawn[1] - full))
+    return Point(setting, *loops, *loss, *above)
 
 
 def _compared(curve: str, baseline: str, lines: Mapping[str, _Sums]) -> list[Comparison]:

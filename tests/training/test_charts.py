@@ -112,7 +112,9 @@ def test_depth_bars_are_in_percent():
 
 
 def frontier_point(loops, loss, spread=0.5, setting=0.5):
-    return {"setting": setting, "loops": loops, "loss": loss, "loss_interval": (loss - spread, loss + spread)}
+    """A point that lies `loss` - 2 above a full depth of 2 nats a token."""
+    interval = (loss - 2 - spread, loss - 2 + spread)
+    return {"setting": setting, "loops": loops, "loss": loss, "above_full": loss - 2, "above_full_interval": interval}
 
 
 def test_a_frontier_is_a_line_with_bars_for_each_rule():
@@ -121,14 +123,14 @@ def test_a_frontier_is_a_line_with_bars_for_each_rule():
         "gate <1>": [frontier_point(2.5, 2.5), frontier_point(1.0, 3.5)],
     }
     chart = frontier_chart(curves)
-    # x: loops 1..4 on 46..372. y: 1.5..4.5 with 5 % (0.15) to spare on 246..12: loss 4 is at
-    # 246 - (4 - 1.35) / 3.3 * 234 = 58.1, loss 2 at 199.9, 2.5 at 164.5, 3.5 at 93.5.
+    # x: loops 1..4 on 46..372. y: -0.5..2.5 above full depth with 5 % (0.15) to spare on 246..12: 2 is at
+    # 246 - (2 + 0.65) / 3.3 * 234 = 58.1, 0 at 199.9, 0.5 at 164.5, 1.5 at 93.5.
     static, gate = re.findall(r'<g class="rule(\d)"><path class="curve" d="([^"]+)"/>', chart)
     assert static[0] == "0" and points(static[1]) == [(46, 58.1), (372, 199.9)]
     assert gate[0] == "1" and points(gate[1]) == [(46, 93.5), (209, 164.5)]  # in the order of their loops
-    assert re.findall(r'class="leader" d="M46.0 ([\d.]+)V([\d.]+)"', chart)[0] == ("93.5", "22.6")  # 3.5 and 4.5
+    assert re.findall(r'class="leader" d="M46.0 ([\d.]+)V([\d.]+)"', chart)[0] == ("93.5", "22.6")  # 1.5 to 2.5
     assert "gate &lt;1&gt; at 0.5: 2.5000 nats a token, 2.50 loops" in chart and "<1>" not in chart
-    assert "static depth: 4.000 at 1.00 loops, 2.000 at 4.00 loops; gate" in chart
+    assert "static depth: +2.000 at 1.00 loops, +0.000 at 4.00 loops; gate" in chart
     assert "mean loops</text>" in chart and ".rule1{--line:" in chart and ".rule2" not in chart
 
 

@@ -208,8 +208,10 @@ def test_comparisons_are_at_equal_loops_and_paired() -> None:
     for c in found.comparisons:
         assert (c.difference, *c.interval) == pytest.approx((-0.1, -0.1, -0.1), abs=1e-9)
         assert (c.curve, c.baseline, c.verdict) == ("rule", STATIC, "better")
-    low, high = found.curves["rule"][0].loss_interval
-    assert high - low > 1
+    first = found.curves["rule"][0]
+    assert first.loss_interval[1] - first.loss_interval[0] > 1
+    assert (first.above_full, *first.above_full_interval) == pytest.approx((1.9, 1.9, 1.9), abs=1e-9)
+    assert [p.above_full for p in found.curves[STATIC]] == pytest.approx([2, 1, 0], abs=1e-9)
 
 
 def test_only_depths_that_both_reach_are_compared() -> None:
@@ -276,7 +278,9 @@ def test_tables_and_json() -> None:
     line = static(np.full(9, 8), 3.0, 2.0, 1.0)
     found = summarise({STATIC: line, "gate": [(0.25, sums(np.full(9, 8), 2.5, 1.0)), (0.75, line[2][1])]}, 0)
     text = shown(found.table())
-    assert "9 windows, 72 tokens" in text and "3.0000 (3.0000 to 3.0000)" in text
+    assert (
+        "9 windows, 72 tokens" in text and "3.000 (3.000 to 3.000)" in text and "+1.5000 (+1.5000 to +1.5000)" in text
+    )
     assert [row.split("│")[1].strip() for row in text.splitlines() if "│" in row].count("gate") == 1
     assert "0.25" in text and "0.75" in text
     text = shown(found.comparison_table())
