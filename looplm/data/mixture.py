@@ -2,12 +2,12 @@
 
 Sample k of a stage is the same for any batch size, number of processes and history of interruptions: the state of the
 loader is k. Two steps decide it, both without a random state. Which source: the sources take turns as evenly as their
-weights allow, so that any number of first samples has the share of each to within two samples. Which window: occurrence
-n of a source is window n of an endless shuffled sequence that holds every window once an epoch, each epoch in an
-order of its own; grain computes that by random access.
+weights allow; any number of first samples has the share of each to within as many samples as there are sources. Which
+window: occurrence n of a source is window n of an endless shuffled sequence that holds every window once an epoch, each
+epoch in an order of its own; grain computes that by random access.
 
-grain has a mixture too. It rounds every weight down to a hundredth of the smallest one (0.3 and 0.1 become 299 and
-100) and does not tell how far each source is, so turns are taken here, in whole numbers, by the same kind of rule.
+grain has a mixture too. It rounds every weight down to a hundredth of the smallest one (4.1 and 2.0 become 204 and 100)
+and does not tell how far each source is, so turns are taken here, in whole numbers, by the same kind of rule.
 """
 
 import difflib

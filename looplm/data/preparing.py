@@ -8,6 +8,7 @@ encoding, and encodes what is missing. What has been prepared before is left as 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,6 +103,10 @@ def prepare(
     encoder, folder = Encoder.of(tokenizer), Path(folder)
     plans = [_plan(name, settings, encoder, validation_every, folder, anew) for name, settings in sources.items()]
     missing = [plan for plan in plans if not _is_prepared(plan)]
+    for plan in plans:
+        if plan not in missing and plan.fingerprint != _known(plan.folder):
+            with suppress(OSError):  # new times of modification: a record that only spares reading
+                write_json(plan.folder / _FINGERPRINT, plan.fingerprint)
     for plan in missing:
         next(split_source(plan.source, validation_every))
     for plan in missing:

@@ -174,6 +174,8 @@ class TestFingerprint:
     def test_a_touched_or_moved_file_with_the_same_content_fits(self, tmp_path, texts):
         os.utime(tmp_path / "in" / "a.jsonl", (1, 1))
         prepare(texts, TOKENIZER, tmp_path / "data", 8)
+        record = json.loads((tmp_path / "data" / "texts" / "fingerprint.json").read_text())
+        assert record["files"]["a.jsonl"]["modified_ns"] == 10**9
         shutil.copytree(tmp_path / "in", tmp_path / "elsewhere")
         moved = {"texts": SourceSettings(location=str(tmp_path / "elsewhere"))}
         prepare(moved, TOKENIZER, tmp_path / "data", 8)
