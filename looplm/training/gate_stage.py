@@ -7,7 +7,7 @@ a confidence rule on validation text.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -17,76 +17,75 @@ from looplm.data.pipeline import Windows, validation_batches
 from looplm.model.modeling import OuroForCausalLM
 from looplm.objectives.settings import GateTarget
 from looplm.training.acceleration import compile_layers
-from looplm.training.evaluation import LoopEvaluation, evaluate_loops
-from looplm.training.frontier import Frontier, compare_gates, gate_of
+from looplm.training.evaluation import evaluate_loops
+from looplm.training.frontier import compare_gates, gate_of
 from looplm.training.gate import FrozenStates, GateFit, collect_states, fit_gate
 from looplm.training.gradients import Batch
 from looplm.training.planning import PlannedStage
+from looplm.training.state import TrainingState
 from looplm.training.tracking import Tracker
+from looplm.training.trainer import StageResult
 
 STAGE_ONE = "Stage I gate"
 """The frontier's name of the gate before the fit."""
 
 
-@dataclass(frozen=True)
-class GateStageResult:
-    """What the fit and the measurement gave.
-
-    Attributes:
-        fits: of both targets, by name; the stage keeps its own.
-        frontier: loss against mean loops of the gates and the rules.
-        final: the usual evaluation, of the kept gate.
-        minutes: spent.
-    """
-
-    fits: dict[str, GateFit]
-    frontier: Frontier
-    final: LoopEvaluation
-    minutes: float
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON: the fits without their steps, which are in metrics.jsonl."""
-        fits = {name: {k: v for k, v in asdict(fit).items() if k != "history"} for name, fit in self.fits.items()}
-        return {"fits": fits, "frontier": asdict(self.frontier)}
-
-
 def run_gate_stage(
-    model: OuroForCausalLM,
+    state: TrainingState,
     stage: PlannedStage,
     mixture: Mixture,
     validation: Mapping[str, Windows],
     seed: int,
     tracker: Tracker,
-    *,
-    first_sample: int = 0,
-    autocast: bool = False,
-) -> GateStageResult:
-    """Fit and measure the gate of a model; nothing else of the model changes.
+) -> StageResult:
+    """Fit and measure the gate of a state's model; nothing else of the model changes, the optimizer nothing at all.
+
+    It is done anew where a run was interrupted in it: the same state gives the same gate.
 
     Args:
+        state: at the start of the stage.
         stage: its `gate` has the settings; `micro_batch_size` and `evaluation_windows` bound the passes.
-        mixture, first_sample: training samples, and the first of them to read.
+        mixture: training samples of the stage's view, read from the state's first one on.
         validation: windows by source, made with `keep_remainder=True`.
         seed: of the order of tokens and of the bootstrap.
         tracker: takes a record of every step of both fits.
-        autocast: whether to multiply in bf16.
+
+    Returns:
+        The stage's result; its `gate` has `fits` by target (their steps are in metrics.jsonl) and the `frontier`.
 
     Raises:
-        ValueError: a gate that pools over positions, or fewer than two loops.
+        ValueError: a gate that pools over positions.
         FloatingPointError: the gate's loss is not finite.
     """
-    settings, began = stage.settings.gate, time.monotonic()
+    settings, model, began = stage.settings.gate, state.model, time.monotonic()
     assert settings is not None
     compile_layers(model, "off")  # freezing passes have shapes of their own, each of which would be compiled
     size = stage.settings.micro_batch_size
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        frozen = collect_states(model, _training_batches(mixture, first_sample, size), settings.tokens)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(state.autocast)):
+        frozen = collect_states(model, _training_batches(mixture, state.first_sample, size), settings.tokens)
         gates, fits = _fit_both(model, frozen, stage, seed, tracker)
         batches = _windows(validation, size, stage.settings.evaluation_windows)
         measured = compare_gates(model, batches, gates, seed=seed)
-        loops = stage.settings.evaluation_loops or stage.loops + 2
-        final = evaluate_loops(model, validation, loops, size)
-    return GateStageResult(fits, measured, final, (time.monotonic() - began) / 60)
+        final = evaluate_loops(model, validation, stage.settings.evaluation_loops or stage.loops + 2, size)
+    return StageResult(
+        stage=stage.number,
+        name=stage.settings.name,
+        layers=stage.layers,
+        loops=stage.loops,
+        sequence_length=stage.settings.sequence_length,
+        parameters=stage.parameters,
+        steps=len(fits[settings.target].history),
+        tokens=len(frozen.losses),
+        minutes=(time.monotonic() - began) / 60,
+        compiled=False,
+        autocast="bfloat16" if state.autocast else None,
+        final=final,
+        gate={"fits": {name: _plain(fit) for name, fit in fits.items()}, "frontier": asdict(measured)},
+    )
+
+
+def _plain(fit: GateFit) -> dict[str, Any]:
+    return {name: value for name, value in asdict(fit).items() if name != "history"}
 
 
 def _fit_both(
