@@ -57,10 +57,13 @@ def freezing_rule(reading: Reading, config: OuroConfig, context: PassContext, nu
     """The rule of a freezing pass: the one in force, full depth where there is none, or recorded depths.
 
     Raises:
-        ValueError: a rule outside its range; recorded depths that do not describe the pass (`check_depths`).
+        ValueError: a rule outside its range; limits or recorded depths that do not describe the pass (`check_depths`).
     """
+    least = reading.min_loops
+    if isinstance(least, Tensor) and least.shape != (context.batch,):
+        raise ValueError(f"min_loops has shape {tuple(least.shape)}; it must be a number or ({context.batch},)")
     if reading.depths is not None:
-        check_depths(reading.depths, context.batch, context.length, reading.min_loops, num_loops)
+        check_depths(reading.depths, context.batch, context.length, least, num_loops)
         return RecordedDepth(reading.depths.to(context.positions.device))
     return reading.rule_in_force(config, num_loops) or FixedDepth(num_loops)
 
@@ -100,7 +103,7 @@ def freezing_pass(
         embedded: (B, S, D).
         rule: as in `freeze`; limits: its min_loops and max_loops.
     """
-    _check(model, context, rule, limits, wanted, goal)
+    _check(model, context, rule, wanted, goal)
     frozen = freeze(model, embedded, context, rule, *limits)
     read = model.model.finish(frozen.state, context)
     output = OuroCausalLMOutput(
@@ -121,14 +124,7 @@ def freezing_pass(
     return output
 
 
-def _check(
-    model: OuroForCausalLM,
-    context: PassContext,
-    rule: ExitRule,
-    limits: tuple[int | Tensor, int | Tensor],
-    wanted: Wanted,
-    goal: Goal,
-) -> None:
+def _check(model: OuroForCausalLM, context: PassContext, rule: ExitRule, wanted: Wanted, goal: Goal) -> None:
     if model.config.exit_gate_pooling != "token" and not isinstance(rule, RecordedDepth | FixedDepth):
         raise ValueError(
             "exit_gate_pooling is 'causal_mean': a rule that freezes needs 'token'; use exit_mode='select'"
@@ -139,8 +135,6 @@ def _check(
         raise ValueError(
             f"objective is {goal.objective!r}, but a freezing pass has one loss, at the exits; drop objective"
         )
-    if isinstance(limits[0], Tensor) and limits[0].shape != (context.batch,):
-        raise ValueError(f"min_loops has shape {tuple(limits[0].shape)}; it must be a number or ({context.batch},)")
     cache = context.cache
     if cache is not None and cache.policy != "per_loop":
         raise ValueError(

@@ -124,7 +124,7 @@ class OuroModel(OuroPreTrainedModel):
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def num_loops(self, num_loop_steps: int | None) -> int:
-        """Loops of this pass: `num_loop_steps`, else `total_ut_steps`; more than trained warns once, not in training."""
+        """Loops of a pass: `num_loop_steps`, else `total_ut_steps`; more than trained warns, but not in training."""
         trained = self.config.total_ut_steps
         loops = trained if num_loop_steps is None else num_loop_steps
         if loops < 1:

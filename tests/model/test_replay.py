@@ -306,6 +306,7 @@ def test_recorded_depths_that_cannot_be(depths: Tensor, message: str) -> None:
         ({"min_loops": torch.tensor([2, 1])}, "but goes with exit_mode='freeze' or exit_depths only"),
         ({"exit_mode": "freeze", "min_loops": 4}, r"min_loops is 4; it must lie in 1..max_loops = 3"),
         ({"exit_mode": "freeze", "min_loops": torch.ones(3).long()}, r"min_loops has shape \(3,\)"),
+        ({"exit_depths": torch.ones(2, 6).long(), "min_loops": torch.ones(3).long()}, r"min_loops has shape \(3,\)"),
         ({"min_loops": 2, "exit_depths": torch.ones(2, 6).long()}, "exit_depths spans 1..1; it must hold .* in 2..3"),
         ({"exit_mode": "freeze", "output_hidden_states": True}, "output_hidden_states is True, but a freezing pass"),
         ({"exit_mode": "freeze", "objective": "last", "labels": tokens(2, 6)}, "objective is 'last', but a freezing"),
