@@ -172,9 +172,13 @@ class Checkpoints:
         sync_folder(self.folder)
         for name in self.names()[: -self.keep]:
             if not json.loads((self.folder / name / MANIFEST).read_text(encoding="utf-8"))["milestone"]:
-                hidden = self.folder / f".old-{name}"  # out of sight first: half a checkpoint is never met
-                (self.folder / name).rename(hidden)
-                shutil.rmtree(hidden)
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Out of sight first, so that half a checkpoint is never met."""
+        hidden = self.folder / f".old-{name}"
+        (self.folder / name).rename(hidden)
+        shutil.rmtree(hidden)
 
     def _explained(self, error: BaseException, name: str) -> BaseException:
         """What stopped a write, in words where it was the disk (DCP wraps and torch.save hides it)."""
