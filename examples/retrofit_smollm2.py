@@ -19,13 +19,13 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from looplm.data.corpora import load_documents, split_documents
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
 from looplm.commands import public_name
-from looplm.data.corpora import load_documents, split_documents
 from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
 from looplm.data.texts import read_text
 from looplm.files import save_folder, write_json

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from looplm.commands.converting import retrofit
+from looplm.commands.data import data
 from looplm.commands.generating import generate
 from looplm.commands.inspecting import trace
 from looplm.commands.training import demo, train
@@ -21,6 +22,7 @@ from looplm.commands.verifying import verify
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
+    "data": data,
     "generate": generate,
     "trace": trace,
     "retrofit": retrofit,

@@ -32,7 +32,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -56,8 +56,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed in `folder` survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

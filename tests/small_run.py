@@ -11,7 +11,7 @@ import numpy as np
 from looplm.data.pipeline import EncodedCorpus
 from looplm.model.configuration import OuroConfig
 from looplm.model.modeling import OuroForCausalLM
-from looplm.training.recipe import Recipe, parse_recipe
+from looplm.training.recipe import Recipe
 
 WORDS = "the union of states shall people congress make law peace and war with hope for every citizen".split()
 
@@ -27,12 +27,15 @@ def write_corpus(folder: Path, documents: int = 12) -> Path:
 
 
 def small_values(folder: Path, **sections: dict[str, Any] | Any) -> dict[str, Any]:
-    """A recipe's values: 2 layers of width 32, 3 loops, 12 steps, over the corpus that is written to `folder`."""
+    """A recipe's values: 2 layers of width 32, 3 loops, one stage of 12 steps, over the corpus written to `folder`.
+
+    A dictionary changes keys of its section; `stage` is the only stage, `stages` replaces it by a list.
+    """
     corpus = folder / "corpus"
     values: dict[str, Any] = {
         "output": str(folder / "out"),
         "seed": 3,
-        "data": {"sources": [str(corpus)], "sequence_length": 32, "validation_every": 6},
+        "data": {"sources": {"words": {"location": str(corpus)}}, "validation_every": 6},
         "tokenizer": {"train_bpe": 300},
         "model": {
             "hidden_size": 32,
@@ -41,18 +44,22 @@ def small_values(folder: Path, **sections: dict[str, Any] | Any) -> dict[str, An
             "total_ut_steps": 3,
             "max_position_embeddings": 64,
         },
-        "training": {
-            "steps": 12,
-            "batch_size": 4,
+        "defaults": {
+            "sequence_length": 32,
+            "batch_tokens": 128,
+            "micro_batch_size": 4,
             "warmup_steps": 3,
             "learning_rate": 3e-3,
             "evaluations": 2,
             "compile": "off",
             "autocast": "none",
         },
+        "stage": {"name": "only", "steps": 12},
     }
     for name, changes in sections.items():
         values[name] = {**values[name], **changes} if isinstance(changes, dict) else changes
+    values["stages"] = values.get("stages", [values["stage"]])
+    del values["stage"]
     if not corpus.exists():
         write_corpus(corpus)
     return copy.deepcopy(values)
@@ -60,7 +67,7 @@ def small_values(folder: Path, **sections: dict[str, Any] | Any) -> dict[str, An
 
 def small_recipe(folder: Path, **sections: dict[str, Any] | Any) -> Recipe:
     """The checked recipe of `small_values`."""
-    return parse_recipe(small_values(folder, **sections), "small")
+    return Recipe.validated(small_values(folder, **sections), "small")
 
 
 def small_model(**fields: Any) -> OuroForCausalLM:

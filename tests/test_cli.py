@@ -19,6 +19,7 @@ import looplm
 from looplm import cli
 from looplm.commands import generating
 from looplm.training.run import train
+from looplm.training.tracking import read_metrics
 
 ROOT = Path(looplm.__file__).parent.parent
 HEAVY = ("torch", "transformers", "grain", "datasets", "numpy", "looplm.exits", "looplm.training.run")
@@ -108,13 +109,15 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], ["demo", "train", "generate", "The toolkit for looped language models"]),
+        (["--help"], ["demo", "train", "data", "generate", "The toolkit for looped language models"]),
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output"]),
         (["retrofit", "--help"], ["--core", "--choose", "--loops", "--text"]),
         (["upcycle", "--help"], ["--layers", "--arrangement", "--loops", "--text"]),
         (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
         (["verify", "--help"], ["--text", "--json"]),
+        (["train", "--help"], ["a YAML recipe", "--output", "--dry-run"]),
+        (["data", "--help"], ["{prepare}", "a YAML recipe", "--workers", "--anew"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
         (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
     ],
@@ -166,7 +169,14 @@ def test_train_writes_model_metrics_recipe_and_report(looplm_command, tmp_path):
     code, out, err = looplm_command("train", write_recipe(tmp_path))
     assert code == 0, err
     folder = tmp_path / "out"
-    assert {p.name for p in folder.iterdir()} == {"model", "metrics.jsonl", "recipe.yaml", "report.json", "report.html"}
+    assert {p.name for p in folder.iterdir()} == {
+        "data",
+        "model",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "report.json",
+        "report.html",
+    }
     assert "beyond training" in out and f"model   {folder}/model\nreport  {folder}/report.html\n" in out
     report = json.loads((folder / "report.json").read_text())
     assert report["title"] == f"looplm train {tmp_path}/recipe.yaml" == report["command"]
@@ -177,7 +187,7 @@ def test_train_writes_model_metrics_recipe_and_report(looplm_command, tmp_path):
 
 def test_output_overrides_the_recipe(looplm_command, tmp_path):
     other = tmp_path / "other [x]"
-    code, out, err = looplm_command("train", write_recipe(tmp_path, training={"steps": 2}), "--output", other)
+    code, out, err = looplm_command("train", write_recipe(tmp_path, stage={"steps": 2}), "--output", other)
     assert code == 0, err
     assert (other / "model").is_dir() and not (tmp_path / "out").exists()
     assert yaml.safe_load((other / "recipe.yaml").read_text())["output"] == str(other)
@@ -185,11 +195,11 @@ def test_output_overrides_the_recipe(looplm_command, tmp_path):
 
 
 def test_training_again_gives_the_same_losses(looplm_command, tmp_path):
-    recipe, metrics = write_recipe(tmp_path), tmp_path / "out" / "metrics.jsonl"
-    runs = []
-    for _ in range(2):
-        assert looplm_command("train", recipe)[0] == 0
-        runs.append([{**record, "minutes": 0} for record in read_lines(metrics)])
+    recipe, runs = write_recipe(tmp_path), []
+    for name in "ab":
+        assert looplm_command("train", recipe, "--output", tmp_path / name)[0] == 0
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        runs.append(([{**record, "minutes": 0} for record in metrics["step"]], metrics["evaluation"]))
     assert runs[0] == runs[1]
 
 
@@ -256,7 +266,7 @@ def train_refused(refused, folder: Path, **sections) -> str:
 
 
 def test_a_missing_file(refused, tmp_path):
-    line = train_refused(refused, tmp_path, data={"sources": ["nowhere.txt"]})
+    line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": "nowhere.txt"}}})
     assert line.startswith("no such file or folder: nowhere.txt; give an existing path")
 
 
@@ -269,35 +279,35 @@ def test_a_missing_recipe(refused, tmp_path):
 def test_an_empty_corpus(refused, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n")
-    line = train_refused(refused, tmp_path, data={"sources": [str(empty)]})
+    line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": str(empty)}}})
     assert line == f"corpus is empty: {empty} holds no text; give a source with at least one document"
 
 
 def test_a_corpus_smaller_than_one_sequence(refused, tmp_path):
     small = tmp_path / "small.txt"
     small.write_text("the union of states shall make peace\n")
-    line = train_refused(refused, tmp_path, data={"sources": [str(small)]})
+    line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": str(small)}}})
     assert line.startswith("corpus has ") and line.endswith(
         "fewer than one sequence of 33: use more text or a shorter sequence"
     )
 
 
 def test_an_unknown_recipe_key(refused, tmp_path):
-    line = train_refused(refused, tmp_path, training={"learning_rte": 1})
-    assert line == f"{tmp_path}/recipe.yaml: unknown key 'training.learning_rte'; did you mean 'learning_rate'?"
+    line = train_refused(refused, tmp_path, defaults={"learning_rte": 1})
+    assert line == f"{tmp_path}/recipe.yaml: unknown key 'defaults.learning_rte'; did you mean 'learning_rate'?"
 
 
 def test_a_value_out_of_range(refused, tmp_path):
-    line = train_refused(refused, tmp_path, training={"learning_rate": -1})
-    assert line == f"{tmp_path}/recipe.yaml: training.learning_rate is -1: Input should be greater than 0"
+    line = train_refused(refused, tmp_path, defaults={"learning_rate": -1})
+    assert line == f"{tmp_path}/recipe.yaml: defaults.learning_rate is -1: Input should be greater than 0"
 
 
 @pytest.mark.parametrize(
     "sections",
     [
-        {"training": {"betas": [0.9, 1.0]}},
+        {"defaults": {"betas": [0.9, 1.0]}},
         {"model": {"num_key_value_heads": 3}},
-        {"data": {"sequence_length": 65}},
+        {"defaults": {"sequence_length": 65}},
         {"tokenizer": {"pretrained": "./nowhere"}},
         {"output": ""},
     ],
@@ -387,12 +397,12 @@ def test_a_demo_of_no_length(refused, tmp_path, minutes):
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_1_and_names_the_step(looplm_command, tmp_path):
-    recipe = write_recipe(tmp_path, training={"learning_rate": 1e30, "warmup_steps": 0})
+    recipe = write_recipe(tmp_path, defaults={"learning_rate": 1e30, "warmup_steps": 0})
     code, out, err = looplm_command("train", recipe)
     assert (code, out) == (1, "") and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.startswith("looplm: step 1: ") and last.endswith(
-        "lower training.learning_rate or raise training.warmup_steps"
+    assert last.startswith("looplm: stage 1 only, step 1: ") and last.endswith(
+        "lower learning_rate or raise warmup_steps"
     )
     assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "report.html").exists()
     assert [record["step"] for record in read_lines(tmp_path / "out" / "metrics.jsonl")] == [0]

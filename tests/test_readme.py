@@ -25,10 +25,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.txt").write_text("\n\n".join(TEXT * 3 for _ in range(40)), encoding="utf-8")
     recipe = {
         "output": "runs/demo",
-        "data": {"sources": ["corpus.txt"], "sequence_length": 32},
+        "data": {"sources": {"text": {"location": "corpus.txt"}}},
         "tokenizer": {"train_bpe": 300},
         "model": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-        "training": {"steps": 3, "batch_size": 2, "compile": "off", "evaluations": 1},
+        "defaults": {"sequence_length": 32, "batch_tokens": 64, "compile": "off", "evaluations": 1},
+        "stages": [{"name": "short", "steps": 3}],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     run(folder, "looplm train recipe.yaml")

@@ -22,8 +22,11 @@ def demo(
 def train(
     recipe: Annotated[Positional[str], arg(help="a YAML recipe (looplm/recipes has examples)")],
     output: Annotated[str | None, arg(help="folder to write to, instead of the recipe's")] = None,
+    dry_run: Annotated[
+        bool, arg(help="print every stage resolved (tokens, steps, parameters, FLOPs) and stop")
+    ] = False,
 ) -> None:
-    """Train a model from a recipe; saves the model folder, metrics and a report."""
+    """Train a model from a recipe, stage by stage; started again, it goes on from its last checkpoint."""
     from looplm.training.recipe import load_recipe
 
     settings = load_recipe(recipe)
@@ -32,14 +35,26 @@ def train(
 
     from rich.console import Console
 
-    from looplm.training.demo import loop_table
-    from looplm.training.report import save_report
-    from looplm.training.run import build_report
-    from looplm.training.run import train as run
+    if dry_run:
+        from looplm.training.planning import plan_recipe, plan_table
 
-    model, data, result = run(settings)
-    report = build_report(f"looplm train {recipe}", command_line(), settings, model, data, result)
+        Console().print(plan_table(plan_recipe(settings)))
+        return
+
+    from looplm.training.report import save_report
+    from looplm.training.resume import Stopped
+    from looplm.training.run import train as run
+    from looplm.training.summary import build_report, loop_table, stage_table
+
+    try:
+        finished = run(settings)
+    except Stopped as stopped:
+        print(stopped)
+        return
+    report = build_report(f"looplm train {recipe}", command_line(), finished)
     page = save_report(settings.output, report)
     console = Console()
+    if len(report["stages"]) > 1:
+        console.print(stage_table(report))
     console.print(loop_table(report))
     console.print(f"model   {settings.output}/model\nreport  {page}", markup=False, highlight=False, soft_wrap=True)

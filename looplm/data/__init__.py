@@ -1,1 +1,1 @@
-"""Text to batches: corpora (documents), tokenizers (byte-level BPE), pipeline (windows and batches)."""
+"""Text to batches: sources, chat, splitting, encoding; preparing and shards; windows (pipeline) and mixtures."""

@@ -1,24 +1,20 @@
-"""Documents to batches: one flat token stream, a fixed plan of windows over it, batches by step number.
+"""A token stream to windows: a fixed plan of sequences over it, and validation batches.
 
 Packing is planned ahead: window i covers stream positions i*S to (i+1)*S, so consecutive windows share one token and
-every token but the first of the stream is the target of exactly one position. A batch is a pure function of (seed,
-step): nothing has to be saved to resume, and every process that asks for a step gets the same one. grain shuffles and
-batches through random access only. The paper's synthetic tasks are packed with attention kept inside each document
+every token but the first of the stream is the target of exactly one position. `looplm.data.mixture` draws training
+samples from windows. The paper's synthetic tasks are packed with attention kept inside each document
 (`separate_documents`); for pretraining it does not say, so both ways are here.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from absl import logging as absl_logging
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from looplm.data.encoding import EncodedCorpus
 
 
 def _is_not_jax_notice(record: logging.LogRecord) -> bool:
@@ -33,85 +29,6 @@ finally:
     absl_logging.get_absl_logger().removeFilter(_is_not_jax_notice)
 
 IGNORED_LABEL = -100
-MAX_PIECE = 2**17  # characters encoded at a time
-_PIECES_PER_CALL = 64
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedCorpus:
-    """Documents as one flat token stream; each one is a begin token followed by the tokens of its text.
-
-    Attributes:
-        tokens: (number of tokens,) uint16, or uint32 where the vocabulary needs it.
-        offsets: (documents + 1,) int64; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        characters: characters (Unicode code points) of all document texts.
-    """
-
-    tokens: NDArray[np.unsignedinteger]
-    offsets: NDArray[np.int64]
-    characters: int
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens that stand for text, i.e. all but the begin tokens.
-
-        Bits per character = (mean nats per text token / ln 2) * text_tokens / characters.
-        """
-        return len(self.tokens) - (len(self.offsets) - 1)
-
-
-def encode_documents(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str]) -> EncodedCorpus:
-    """Encode documents into one stream, each as the begin token and its text.
-
-    The begin token is the tokenizer's bos token, or its eos token where it has none. Special tokens that occur in the
-    text are encoded as the characters they are written with: data cannot end a document. A document longer than
-    MAX_PIECE characters is encoded in pieces, to bound memory; the pieces meet at line ends.
-
-    Raises:
-        ValueError: no documents, or the tokenizer has neither a bos nor an eos token.
-    """
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token: set one, it begins each document")
-    if not documents:
-        raise ValueError("corpus is empty: no documents to encode")
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    pieces = [(k == 0, piece) for document in documents for k, piece in enumerate(_pieces(document))]
-    parts: list[NDArray[np.unsignedinteger]] = []
-    for first in range(0, len(pieces), _PIECES_PER_CALL):
-        batch = pieces[first : first + _PIECES_PER_CALL]
-        for (begins_document, _), ids in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
-            parts.append(np.asarray([begin, *ids] if begins_document else ids, dtype=dtype))
-    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    begins = [end for end, (begins_document, _) in zip(ends, pieces, strict=False) if begins_document]
-    offsets = np.asarray([*begins, ends[-1]], dtype=np.int64)
-    return EncodedCorpus(np.concatenate(parts), offsets, sum(map(len, documents)))
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """The document in pieces of bounded length, cut after a line end where there is one; an empty one is one piece.
-
-    A tokenizer needs some 140 bytes of memory a character while it encodes a text.
-    """
-    first = 0
-    while len(document) - first > MAX_PIECE:
-        line_end = document.rfind("\n", first, first + MAX_PIECE)
-        last = line_end + 1 if line_end >= 0 else first + MAX_PIECE
-        yield document[first:last]
-        first = last
-    yield document[first:]
 
 
 class Windows:
@@ -129,6 +46,7 @@ class Windows:
     Validation windows (`keep_remainder`): the last window is padded with label -100, and so are the targets that
     are begin tokens. Each text token is then a target exactly once and nothing else is, which makes bits per
     character exact: summed nats / ln 2 / `corpus.characters`.
+    Where a corpus says what is learnt (conversations), every other target is -100 in both.
 
     Args:
         corpus: the stream to cut.
@@ -185,36 +103,10 @@ class Windows:
         if self.keep_remainder:
             labels[len(real) - 1 :] = IGNORED_LABEL
             labels[starts[1:] == positions[1:]] = IGNORED_LABEL
+        if self.corpus.learnt is not None:
+            labels[: len(real) - 1][~self.corpus.learnt[first + 1 : first + size + 1]] = IGNORED_LABEL
         origins = np.maximum(starts, first) if self.separate_documents else first
         return {"input_ids": chunk[:-1], "labels": labels, "position_ids": (positions - origins)[:-1]}
-
-
-class TrainingBatches:
-    """Endless shuffled batches by step number: `batches[step]` is a pure function of (seed, step).
-
-    The stream of samples goes through all windows in an order of its own in each epoch; a batch is the next
-    `batch_size` of them, so one batch may straddle two epochs and none is dropped.
-
-    Args:
-        windows: the windows to draw from.
-        batch_size: B, windows a batch.
-        seed: 0 ... 2**32 - 1.
-
-    Raises:
-        ValueError: batch_size below 1 or a seed out of range.
-    """
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
-        _check_batch_size(batch_size)
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}: give a number from 0 to 2**32 - 1")
-        self._batches = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        """The batch of a step, counted from 0: input_ids, labels, position_ids, each (B, S) int64."""
-        if step < 0:
-            raise IndexError(f"step {step}: steps are counted from 0")
-        return _tensors(self._batches[step])
 
 
 def validation_batches(

@@ -11,8 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from looplm.data.chat import CHAT_TEMPLATE, TURN_END, TURN_START
+
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
@@ -25,7 +27,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
             merges gives fewer: read `len(tokenizer)`.
 
     Returns:
-        A tokenizer whose beginning, end and padding token are all `<|endoftext|>`; it adds none by itself.
+        A tokenizer whose beginning, end and padding token are all `<|endoftext|>`; it adds none by itself. Its chat
+        template is ChatML.
 
     Raises:
         ValueError: vocab_size is below 259 (256 bytes and 3 special tokens).
@@ -50,6 +53,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         pad_token=END_OF_TEXT,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

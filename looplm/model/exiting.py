@@ -1,6 +1,6 @@
-"""Which exit rule is in force, and `select`: every loop runs, each position reads the state at its exit.
+"""Selecting: every loop runs, and each position's logits are read from the state at its exit.
 
-Select is what the released code does and the default of `forward`; it saves nothing. The two that stop for real are
+This is what the released code does and the default of `forward`; it saves nothing. The two that stop for real are
 `looplm.model.freezing` (one parallel pass) and `looplm.model.decoding` (one new token a row).
 """
 
@@ -13,34 +13,58 @@ from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from looplm.exit_tracker import ExitTracker
-from looplm.exits import ExitRule, FixedDepth, QExit, check_rows
-from looplm.model.configuration import OuroConfig
+from looplm.exits import ExitRule, check_rows
 from looplm.model.context import PassContext
 
 if TYPE_CHECKING:
     from looplm.model.modeling import OuroForCausalLM
+    from looplm.model.outputs import OuroCausalLMOutput
 
 
-def rule_in_force(
+def add_logits(
+    model: OuroForCausalLM,
+    output: OuroCausalLMOutput,
+    states: list[Tensor],
     rule: ExitRule | None,
-    exit_at_step: int | None,
-    exit_threshold: float | Tensor | None,
-    config: OuroConfig,
-    num_loops: int,
-) -> ExitRule | None:
-    """The rule by the released precedence; None reads the last loop.
+    weighted: bool,
+    context: PassContext,
+    logits_to_keep: int | Tensor,
+) -> None:
+    """Read one state a position, then the head: by linearity a weighted exit is the head of the mixed state.
 
-    Raises:
-        ValueError: `exit_at_step` (0-based) outside the loops, a threshold outside (0, 1].
+    Args:
+        output: has the gate's numbers already; `logits` and `exit_depths` are set.
+        states: T tensors (B, S, D), the state after every loop.
+        rule: None reads the last loop. weighted: mix all loops instead of asking the rule.
     """
-    if rule is not None:
-        return rule
-    if exit_at_step is not None:
-        if not 0 <= exit_at_step < num_loops:
-            raise ValueError(f"exit_at_step is {exit_at_step}; it is 0-based and must lie in 0..{num_loops - 1}")
-        return FixedDepth(exit_at_step + 1)
-    threshold = config.early_exit_threshold if exit_threshold is None else exit_threshold
-    return None if isinstance(threshold, int | float) and threshold == 1.0 else QExit(threshold)
+    if not model.config.num_coda_layers:  # a coda attends to every position, so it cannot be cut first
+        states = [slice_logits_to_keep(state, logits_to_keep) for state in states]
+    if weighted:
+        read = _mixed(model, states, output.exit_probabilities, context, logits_to_keep)
+    elif rule is None:
+        output.exit_depths = torch.full(states[-1].shape[:2], len(states), device=states[-1].device)
+        read = model.model.finish(states[-1], context)
+    else:
+        chosen, output.exit_depths = select(model, states, output.gate_logits, rule, context, logits_to_keep)
+        read = model.model.finish(chosen, context)
+    if model.config.num_coda_layers:
+        read = slice_logits_to_keep(read, logits_to_keep)
+    output.logits = model.lm_head(read)
+
+
+def _mixed(
+    model: OuroForCausalLM,
+    states: list[Tensor],
+    probabilities: Tensor | None,
+    context: PassContext,
+    logits_to_keep: int | Tensor,
+) -> Tensor:
+    if probabilities is None:
+        raise ValueError("use_weighted_exit needs the gate: exit_gate_pooling='causal_mean' has none behind a cache")
+    weights = keep(model, probabilities, logits_to_keep).unbind(-1)
+    read = [model.model.finish(state, context) for state in states]
+    parts = (w[..., None].to(s.dtype) * s for w, s in zip(weights, read, strict=True))
+    return sum(parts, start=torch.zeros_like(read[0]))
 
 
 def keep(model: OuroForCausalLM, per_position: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import slice_logits_to_keep
 
 from looplm.exit_tracker import ExitTracker
-from looplm.exits import ExitRule, check_rows, exit_probabilities
+from looplm.exits import ExitRule, FixedDepth, RecordedDepth, check_rows, exit_probabilities
 from looplm.model.context import PassContext
+from looplm.model.outputs import OuroCausalLMOutput
+from looplm.model.request import Goal, Reading, Wanted
+from looplm.objectives.expected_loss import number_of_items
+from looplm.objectives.token_losses import weighted_token_losses
 
 if TYPE_CHECKING:
+    from looplm.model.configuration import OuroConfig
     from looplm.model.modeling import OuroForCausalLM
     from looplm.model.stack import OuroModel
 
@@ -47,23 +53,96 @@ class Frozen:
     survival: Tensor
 
 
-def check_depths(depths: Tensor, batch: int, length: int, num_loops: int) -> None:
+def freezing_rule(reading: Reading, config: OuroConfig, context: PassContext, num_loops: int) -> ExitRule:
+    """The rule of a freezing pass: the one in force, full depth where there is none, or recorded depths.
+
+    Raises:
+        ValueError: a rule outside its range; limits or recorded depths that do not describe the pass (`check_depths`).
+    """
+    least = reading.min_loops
+    if isinstance(least, Tensor) and least.shape != (context.batch,):
+        raise ValueError(f"min_loops has shape {tuple(least.shape)}; it must be a number or ({context.batch},)")
+    if reading.depths is not None:
+        check_depths(reading.depths, context.batch, context.length, least, num_loops)
+        return RecordedDepth(reading.depths.to(context.positions.device))
+    return reading.rule_in_force(config, num_loops) or FixedDepth(num_loops)
+
+
+def check_depths(depths: Tensor, batch: int, length: int, min_loops: int | Tensor, num_loops: int) -> None:
     """Refuse recorded depths that do not describe the pass.
 
     Raises:
-        ValueError: a shape other than (B, S), a depth outside 1..num_loops, or a 0 between two depths (0 stands for
-            padding before a text and for what comes after its end).
+        ValueError: a shape other than (B, S), a depth outside min_loops..num_loops, or a 0 between two depths (0
+            stands for padding before a text and for what comes after its end).
     """
     if depths.shape != (batch, length):
         raise ValueError(f"exit_depths has shape {tuple(depths.shape)}; it must be {(batch, length)}, one a position")
-    if depths.is_floating_point() or int(depths.min()) < 0 or int(depths.max()) > num_loops:
-        raise ValueError(
-            f"exit_depths spans {depths.min()}..{depths.max()}; it must hold whole loops in 1..{num_loops}"
-        )
+    least = torch.as_tensor(min_loops, device=depths.device).reshape(-1, 1)
     ran = depths > 0
+    outside = (depths < 0) | (depths > num_loops) | (ran & (depths < least))
+    if depths.is_floating_point() or bool(outside.any()):
+        limits = f"{min_loops}..{num_loops}"
+        raise ValueError(f"exit_depths spans {depths.min()}..{depths.max()}; it must hold whole loops in {limits}")
     inside = ran.cummax(1).values & ran.flip(1).cummax(1).values.flip(1)
     if bool((inside & ~ran).any()):
         raise ValueError("exit_depths has a 0 between two depths; 0 is for padding and for positions after the end")
+
+
+def freezing_pass(
+    model: OuroForCausalLM,
+    embedded: Tensor,
+    context: PassContext,
+    rule: ExitRule,
+    limits: tuple[int | Tensor, int | Tensor],
+    wanted: Wanted,
+    goal: Goal,
+) -> OuroCausalLMOutput:
+    """A whole `forward` in which positions stop for good; its loss is the cross entropy at the exits.
+
+    Args:
+        embedded: (B, S, D).
+        rule: as in `freeze`; limits: its min_loops and max_loops.
+    """
+    _check(model, context, rule, wanted, goal)
+    frozen = freeze(model, embedded, context, rule, *limits)
+    read = model.model.finish(frozen.state, context)
+    output = OuroCausalLMOutput(
+        past_key_values=context.cache,
+        gate_logits=frozen.gate_logits,
+        exit_probabilities=frozen.exit_probabilities,
+        exit_depths=slice_logits_to_keep(frozen.depths[..., None], wanted.logits_to_keep)[..., 0],
+        survival=frozen.survival,
+        expected_depth=context.mean(frozen.depths.float()),
+    )
+    if not wanted.skip_logits:
+        output.logits = model.lm_head(slice_logits_to_keep(read, wanted.logits_to_keep))
+    if goal.targets is not None:
+        ones = torch.ones(1, *goal.targets.shape, device=read.device)
+        total, losses = weighted_token_losses([read], model.lm_head.weight, goal.targets, ones)
+        output.loss, output.token_losses = total / number_of_items(goal.targets, goal.num_items), losses[0]
+    context.advance(frozen.depths)
+    return output
+
+
+def _check(model: OuroForCausalLM, context: PassContext, rule: ExitRule, wanted: Wanted, goal: Goal) -> None:
+    if model.config.exit_gate_pooling != "token" and not isinstance(rule, RecordedDepth | FixedDepth):
+        raise ValueError(
+            "exit_gate_pooling is 'causal_mean': a rule that freezes needs 'token'; use exit_mode='select'"
+        )
+    if wanted.hidden_states:
+        raise ValueError("output_hidden_states is True, but a freezing pass has no state of every loop; drop it")
+    if goal.targets is not None and goal.objective != "expected":
+        raise ValueError(
+            f"objective is {goal.objective!r}, but a freezing pass has one loss, at the exits; drop objective"
+        )
+    cache = context.cache
+    if cache is not None and cache.policy != "per_loop":
+        raise ValueError(
+            f"past_key_values is collapsed (kv_policy {cache.policy!r}); positions cannot freeze behind "
+            "it, because a query in loop 1 needs the last loop of the token before: use kv_policy 'per_loop'"
+        )
+    if cache is not None and torch.is_grad_enabled() and model.training:
+        raise ValueError("use_cache is True in training, but a cache carries no gradients: pass use_cache=False")
 
 
 def freeze(

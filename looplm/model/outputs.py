@@ -32,10 +32,13 @@ class OuroCausalLMOutput(ModelOutput):
     """Output of the language model.
 
     Attributes:
-        loss: scalar, the Stage I objective (equation 4), where labels are given.
+        loss: scalar, where labels are given: the Stage I objective (equation 4), or the one asked for; of a freezing
+            pass the cross entropy at the exits.
         logits: (B, S kept, V) of the exit rule in force; None while training with labels (see `skip_logits`).
         past_key_values: the cache, where one is used.
         loop_losses: (T,) mean cross entropy of each loop in nats, where labels are given.
+        token_losses: (B, S, T) cross entropy of each target after each loop in nats, 0 where it is ignored; of a
+            freezing pass (B, S), at the exits. fp32 (fp64 for fp64 states), detached.
         exit_probabilities: (B, S, T) fp32, equation 3; NaN beyond the exit where positions stop for good.
         gate_logits: (B, S, T) fp32.
         exit_depths: (B, S kept) int64, the loop that `logits` were read at; None for weighted exits.
@@ -48,6 +51,7 @@ class OuroCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: LoopCache | None = None
     loop_losses: Tensor | None = None
+    token_losses: Tensor | None = None
     exit_probabilities: Tensor | None = None
     gate_logits: Tensor | None = None
     exit_depths: Tensor | None = None

@@ -132,12 +132,12 @@ class OuroModel(OuroPreTrainedModel):
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def num_loops(self, num_loop_steps: int | None) -> int:
-        """Loops of this pass: `num_loop_steps`, else `total_ut_steps`; more than trained warns once."""
+        """Loops of a pass: `num_loop_steps`, else `total_ut_steps`; more than trained warns, but not in training."""
         trained = self.config.total_ut_steps
         loops = trained if num_loop_steps is None else num_loop_steps
         if loops < 1:
             raise ValueError(f"num_loop_steps is {loops}; it must be at least 1")
-        if loops > trained:
+        if loops > trained and not self.training:  # in training one decides how deep it is trained
             warnings.warn(
                 f"running {loops} loops, but the model was trained with {trained}: quality usually falls beyond "
                 "the trained depth, and the gate has not been trained there",

@@ -8,6 +8,9 @@ For every token with exit distribution p (eq. 3) and losses L_t after each loop,
 
 and the mean over the tokens is taken. The first line is beta * KL(p || uniform) without its constant beta * log T.
 The gradient reaches the gate through p and the model through L_t; nothing is detached, as in the paper.
+
+Two plainer objectives for comparison (`fixed_loss`) take no notice of the gate and do not train it: the loss of the
+last loop alone, or the mean over the loops.
 """
 
 import math
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor
 
 from looplm.exits import entropy, exit_log_probabilities
-from looplm.objectives.token_losses import IGNORED, weighted_token_losses
+from looplm.objectives.token_losses import IGNORED, token_losses, weighted_token_losses
 
 Prior = Literal["uniform"] | float
+Objective = Literal["expected", "last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class StageOneOutput:
         expected_loss: scalar, sum_t p_t L_t in nats, detached, mean over this call's valid tokens (as all below).
         kl: scalar, KL(p || prior) in nats, the constant log T included; detached.
         loop_losses: (T,) L_t in nats, detached.
+        token_losses: (T, B, S) L_t in nats of every token, 0 where the target is ignored; detached.
         exit_probabilities: (..., T) p of every position, valid or not; detached.
     """
 
@@ -40,6 +45,7 @@ class StageOneOutput:
     expected_loss: Tensor
     kl: Tensor
     loop_losses: Tensor
+    token_losses: Tensor
     exit_probabilities: Tensor
 
 
@@ -99,20 +105,55 @@ def stage_one_loss(
         )
     valid = targets != IGNORED
     num_valid = valid.sum().clamp(min=1)
-    divisor = num_valid if num_items is None else torch.as_tensor(num_items).to(valid.device).clamp(min=1)
-
     log_p = exit_log_probabilities(gate_logits)
     p = log_p.exp()
     sum_expected, losses = weighted_token_losses(states, head_weight, targets, p.movedim(-1, 0))
     kl = _divergence(log_p[valid], prior)
     constant = math.log(len(states)) if prior == "uniform" else 0.0
     return StageOneOutput(
-        loss=(sum_expected + beta * (kl - constant).sum()) / divisor,
+        loss=(sum_expected + beta * (kl - constant).sum()) / number_of_items(targets, num_items),
         expected_loss=sum_expected.detach() / num_valid,
         kl=kl.detach().sum() / num_valid,
         loop_losses=losses.flatten(1).sum(1) / num_valid,
+        token_losses=losses,
         exit_probabilities=p.detach(),
     )
+
+
+def fixed_loss(
+    states: Sequence[Tensor],
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    objective: Literal["last", "mean"],
+    num_items: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of the last loop alone, or the mean over the loops; the gate takes no part.
+
+    Args:
+        states, head_weight, targets, num_items: as in `stage_one_loss`.
+        objective: `last`: the other loops are only evaluated, without gradients; `mean`: all weigh 1 / T.
+
+    Returns:
+        The loss, a scalar, and the losses of every token (T, B, S) in nats, detached.
+
+    Raises:
+        ValueError: as `stage_one_loss`, or another objective.
+    """
+    if objective not in ("last", "mean"):
+        raise ValueError(f"objective is {objective!r}; it must be expected, last or mean")
+    taught = states[-1:] if objective == "last" else states
+    ones = torch.ones(len(taught), *targets.shape, device=targets.device)
+    total, losses = weighted_token_losses(taught, head_weight, targets, ones)
+    if len(taught) < len(states):
+        losses = torch.cat((token_losses(states[:-1], head_weight, targets), losses))
+    return total / (len(taught) * number_of_items(targets, num_items)), losses
+
+
+def number_of_items(targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """What a sum over tokens is divided by: `num_items`, or the valid targets; at least 1."""
+    items = (targets != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
+    return items.to(targets.device).clamp(min=1)
 
 
 def _divergence(log_p: Tensor, prior: Prior) -> Tensor:

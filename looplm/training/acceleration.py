@@ -6,6 +6,7 @@ without, it is many times slower. So `auto` times one product in each dtype and 
 
 import functools
 import time
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -44,6 +45,16 @@ def compiler_fault() -> str | None:
     return None
 
 
+def check_compiler(settings: Iterable[Literal["auto", "on", "off"]]) -> None:
+    """Refuse `on` where no compiler works.
+
+    Raises:
+        ValueError: says why, and what to do.
+    """
+    if "on" in settings and (fault := compiler_fault()) is not None:
+        raise ValueError(f"compile is 'on', but no compiler works here ({fault}); install g++ or use 'off'")
+
+
 def compile_layers(model: nn.Module, setting: Literal["auto", "on", "off"]) -> str | None:
     """Compile every decoder layer in place: one graph serves all layers and loops.
 
@@ -51,16 +62,18 @@ def compile_layers(model: nn.Module, setting: Literal["auto", "on", "off"]) -> s
         None if compiled, else why not.
 
     Raises:
-        ValueError: `on`, but no compiler works.
+        ValueError: as `check_compiler`.
     """
+    layers = [module for module in model.modules() if type(module).__name__ == "OuroDecoderLayer"]
     if setting == "off":
+        for layer in layers:
+            layer._compiled_call_impl = None
         return "switched off"
+    check_compiler([setting])
     fault = compiler_fault()
     if fault is not None:
-        if setting == "on":
-            raise ValueError(f"compile is 'on', but no compiler works here ({fault}); install g++ or use 'off'")
         return f"no working C++ compiler; install g++ for about twice the speed ({fault})"
-    for module in model.modules():
-        if type(module).__name__ == "OuroDecoderLayer":
-            module.compile(dynamic=False)
+    for layer in layers:
+        if layer._compiled_call_impl is None:  # else a stage before this one has compiled it
+            layer.compile(dynamic=False)
     return None

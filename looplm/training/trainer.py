@@ -1,59 +1,76 @@
-"""The trainer: one loop over steps that reads top to bottom (Ouro sections 3.3 and 4.3, Table 1).
+"""One stage of training: a loop over steps that reads top to bottom (Ouro sections 3.3 and 4.3, Table 1).
 
-AdamW on the Stage I objective, warmup-stable-decay, clipping, gradient accumulation, evaluation by loop, JSONL
-metrics, and a model folder saved by `save_pretrained` at every evaluation. A batch is a pure function of (seed, step).
-Not here yet: stages, exact resume and several processes.
+AdamW on the stage's objective, its schedules, clipping, gradient accumulation, evaluation by loop, JSONL metrics, and
+a model folder saved by `save_pretrained` at every evaluation. What has to survive an interruption is in one object
+(`looplm.training.state`); everything else is a pure function of the recipe and the state. Several processes come later.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from looplm.data.pipeline import TrainingBatches, Windows
+from looplm.data.mixture import Mixture, batch
+from looplm.data.pipeline import Windows
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.acceleration import choose_autocast, compile_layers
 from looplm.training.evaluation import LoopEvaluation, evaluate_loops
-from looplm.training.recipe import TrainingSettings
-from looplm.training.schedule import Budget, exit_beta, learning_rate_factor
-from looplm.training.tracking import MetricsLog, Progress
+from looplm.training.gradients import Batch, accumulate
+from looplm.training.loop_counts import sampled_loop_count
+from looplm.training.planning import PlannedStage
+from looplm.training.recipe import StageDefaults
+from looplm.training.resume import Keeper
+from looplm.training.schedule import Budget, exit_beta, learning_rate
+from looplm.training.spikes import spike_limit
+from looplm.training.state import TrainingState
+from looplm.training.tracking import Progress, Tracker
 
-LOG_EVERY = 10
-"""Steps between records of metrics.jsonl."""
-
-REMEDY = "lower training.learning_rate or raise training.warmup_steps"
+REMEDY = "lower learning_rate or raise warmup_steps"
 """What helps against divergence."""
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What a run did: its logged records and evaluations, and how it ran."""
+class StageResult:
+    """What a stage did: plain numbers, written to metrics.jsonl at its end.
 
-    history: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    final: LoopEvaluation
+    Attributes:
+        stage, name: its number and name.
+        layers, loops, sequence_length, parameters: of the model and the samples during it.
+        steps, tokens, minutes: spent on it.
+        compiled, autocast: how it ran.
+        final: the evaluation at its end on the whole validation text.
+        gate: of a stage that fitted the gate, the fits and the frontier (`looplm.training.gate_stage`).
+    """
+
+    stage: int
+    name: str
+    layers: int
+    loops: int
+    sequence_length: int
+    parameters: int
     steps: int
     tokens: int
     minutes: float
     compiled: bool
     autocast: str | None
+    final: LoopEvaluation
+    gate: dict[str, Any] | None = None
 
 
 class Trainer:
-    """Trains a model on batches within a budget.
+    """Trains a state through one stage, from wherever the state is in it.
 
     Args:
-        model: trained in place; its device and dtype decide where and how.
-        batches: training batches by number.
-        validation: windows for evaluation, made with `keep_remainder=True`.
-        characters: of the validation text, for bits per character.
-        settings: the recipe's training section.
-        folder: where metrics.jsonl goes.
+        state: at some step of the stage; its model has the stage's shape (`looplm.training.run.begin_stage`).
+        stage: as planned.
+        mixture: the samples of the stage's view.
+        validation: windows by source, made with `keep_remainder=True`.
+        seed: the recipe's.
+        tracker: takes the records.
         save: writes the model folder; called at every evaluation.
+        keeper: writes checkpoints, and goes back to them where the loss spikes; without one nothing is kept.
 
     Raises:
         ValueError: compile is `on`, but no compiler works.
@@ -61,133 +78,200 @@ class Trainer:
 
     def __init__(
         self,
-        model: OuroForCausalLM,
-        batches: TrainingBatches,
-        validation: Windows,
-        characters: int,
-        settings: TrainingSettings,
-        folder: Path,
+        state: TrainingState,
+        stage: PlannedStage,
+        mixture: Mixture,
+        validation: Mapping[str, Windows],
+        seed: int,
+        tracker: Tracker,
         save: Callable[[], None],
+        keeper: Keeper | None = None,
     ) -> None:
-        self.model, self.batches, self.validation = model, batches, validation
-        self.characters, self.settings, self.folder, self.save = characters, settings, folder, save
-        self.optimizer = build_optimizer(model, settings)
-        self.autocast = choose_autocast(settings.autocast, model.device, model.config.hidden_size)
-        self.not_compiled = compile_layers(model, settings.compile)
-        self.history: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
-        self.tokens = 0
+        self.state, self.stage, self.settings = state, stage, stage.settings
+        self.mixture, self.validation, self.seed = mixture, validation, seed
+        self.tracker, self.save, self.batches = tracker, save, stage.batches
+        self.keeper = keeper
+        if state.autocast is None or self.settings.autocast != "auto":
+            width = state.model.config.hidden_size
+            state.autocast = choose_autocast(self.settings.autocast, state.model.device, width)
+        self.not_compiled = compile_layers(state.model, self.settings.compile)
 
-    def run(self) -> TrainingResult:
-        """Train until the budget is spent, then evaluate on the whole validation text.
+    def run(self) -> StageResult:
+        """Train until the stage's budget is spent, then evaluate on the whole validation text.
 
         Raises:
-            FloatingPointError: a loss or the gradient is not finite; names the step.
+            FloatingPointError: a loss or the gradient is not finite, or spiked more often than the stage allows.
+            Stopped, OSError: see `Keeper.after_step`.
         """
-        settings, step, evaluated = self.settings, 0, 0
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        with Progress(1.0, "training") as bar, MetricsLog(self.folder / "metrics.jsonl") as log:
+        state, settings = self.state, self.settings
+        before = state.tokens - self._seen()
+        with Progress(1.0, self.stage.name) as bar:
             if self.not_compiled is not None:
                 bar.note(f"layers are not compiled: {self.not_compiled}")
-            budget = Budget(settings.steps, settings.minutes)
-            while (progress := budget.progress(step)) < 1:
-                record = self.step(step, progress)
-                record["minutes"] = budget.elapsed_minutes
-                bar.update(progress, self.tokens, record["loop_losses"][-1], record["expected_depth"])
-                if step % LOG_EVERY == 0:
-                    self.history.append(record)
-                    log.write(record)
-                step += 1
-                due = math.floor(budget.progress(step) * settings.evaluations)
-                if evaluated < due < settings.evaluations:
-                    evaluated = due
-                    self._evaluate(step, settings.evaluation_windows, bar, log)
-            final = self._evaluate(step, None, bar, log)
-        return TrainingResult(
-            self.history,
-            self.evaluations,
-            final,
-            step,
-            self.tokens,
-            budget.elapsed_minutes,
-            self.not_compiled is None,
-            "bfloat16" if self.autocast else None,
-        )
+            budget = Budget(self.stage.steps, settings.minutes, before=state.minutes)
+            while (progress := budget.progress(state.step)) < 1:
+                if state.step in state.skipped:
+                    state.step += 1
+                    continue
+                try:
+                    record = self.step(progress)
+                except FloatingPointError as error:
+                    self._go_back(error, bar)
+                    continue
+                state.minutes = record["minutes"] = budget.elapsed_minutes
+                self.tracker.step(record)
+                bar.update(progress, state.tokens - before, record["loop_losses"][-1], record["expected_depth"])
+                for warning in [*state.health.after_step(record), *self._new_epochs(state.step - 1)]:
+                    self._warn(warning, bar)
+                due = math.floor(budget.progress(state.step) * settings.evaluations)
+                if state.evaluated < due < settings.evaluations:
+                    state.evaluated = due
+                    self._evaluate(settings.evaluation_windows, bar)
+                    state.minutes = budget.elapsed_minutes
+                if self.keeper is not None:
+                    self.keeper.after_step()
+            final = self._evaluate(None, bar)
+            state.minutes = budget.elapsed_minutes
+        return self._result(final)
 
-    def step(self, step: int, progress: float) -> dict[str, Any]:
-        """One optimizer step: accumulate, check, clip, update; returns its record."""
-        settings = self.settings
-        rate = settings.learning_rate * learning_rate_factor(
-            step, progress, settings.warmup_steps, settings.decay_fraction, settings.final_learning_rate
-        )
+    def step(self, progress: float) -> dict[str, Any]:
+        """One optimizer step: accumulate, check, clip, update, count; returns its record."""
+        state, settings = self.state, self.settings
+        rate = learning_rate(settings, state.step, progress)
         beta = exit_beta(progress, settings.exit_beta_start, settings.exit_beta_hold, settings.exit_beta)
-        for group in self.optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss, loop_losses, probabilities = self._gradients(step, beta)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: the loss is {loss} and the gradient norm {norm}; {REMEDY}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {
-            "step": step,
-            "tokens": self.tokens,
-            "learning_rate": rate,
-            "exit_beta": beta,
-            "loss": loss,
-            "loop_losses": loop_losses.tolist(),
-            "exit_probabilities": probabilities.tolist(),
-            "expected_depth": sum(t * p for t, p in enumerate(probabilities.tolist(), start=1)),
-            "grad_norm": norm,
-        }
+        loops = self.loops(state.step)
+        values = accumulate(state.model, self._micro_batches(), settings, beta, loops, bool(state.autocast))
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip).item()
+        self._check(values.loss, norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        record = {"stage": self.stage.settings.name, "step": state.step}
+        self._count_tokens()
+        state.step += 1
+        counts = {"tokens": state.tokens, "source_tokens": dict(state.source_tokens)}
+        return {**record, **counts, "learning_rate": rate, "exit_beta": beta, **asdict(values), "grad_norm": norm}
 
-    def _gradients(self, step: int, beta: float) -> tuple[float, Tensor, Tensor]:
-        """Accumulate the gradients of a step; its loss, loss by loop (T,) and mean exit probabilities (T,)."""
-        count, device = self.settings.accumulation, self.model.device
-        micro = [self.batches[step * count + k] for k in range(count)]
-        items = sum(int((batch["labels"] != -100).sum()) for batch in micro)
-        loss, parts = 0.0, []
-        self.model.train()
-        for batch in micro:
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-                out = self.model(
-                    batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    shift_labels=batch["labels"],
-                    exit_beta=beta,
-                    num_items_in_batch=items,
-                )
-            out.loss.backward()
-            loss += out.loss.item()
-            parts.append(torch.stack((out.loop_losses, out.exit_probabilities.detach().mean((0, 1)))))
-            self.tokens += batch["input_ids"].numel()
-        loop_losses, probabilities = torch.stack(parts).mean(0).unbind(0)
-        return loss, loop_losses, probabilities
+    def _check(self, loss: float, norm: float) -> None:
+        """Refuse a loss or gradient that is not finite, or a spike where the stage watches for them."""
+        state, rollback = self.state, self.settings.rollback
+        where = f"{self.stage.name}, step {state.step}"
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"{where}: the loss is {loss} and the gradient norm {norm}; {REMEDY}")
+        if rollback is None:
+            return
+        limit = spike_limit(state.recent_losses, rollback)
+        if loss > limit:
+            raise FloatingPointError(f"{where}: the loss spikes to {loss:.3f}, above {limit:.3f}")
+        state.recent_losses = [*state.recent_losses, loss][-rollback.window :]
+
+    def _go_back(self, error: FloatingPointError, bar: Progress) -> None:
+        """Put everything back to the last checkpoint, and pass over the batch of the present step from then on.
+
+        A kill after this loses the list of what to pass over, but not what is on it: the same losses find it again.
+
+        Raises:
+            FloatingPointError: the one given, where the stage does not ask for this or it has been done too often.
+        """
+        rollback, skipped = self.settings.rollback, [*self.state.skipped, self.state.step]
+        if rollback is None or self.keeper is None:
+            raise error
+        if len(skipped) > rollback.most:
+            raise FloatingPointError(f"{error}; {rollback.most} batches were passed over already; {REMEDY}") from error
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.keeper.go_back()
+        self.state.skipped = skipped
+        self._warn(f"{error}: back to step {self.state.step}, to pass over the batch of step {skipped[-1]}", bar)
+
+    def loops(self, step: int) -> int:
+        """T of a step: the stage's, or drawn."""
+        counts = self.settings.loop_counts
+        return self.stage.loops if counts is None else sampled_loop_count(counts, self.seed + self.stage.number, step)
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        first, last = self._samples(self.state.step)
+        size = self.settings.micro_batch_size
+        for start in range(first, last, size):
+            yield batch(self.mixture, start, min(size, last - start))
+
+    def _samples(self, step: int) -> tuple[int, int]:
+        """The samples of a step: from the first to before the last."""
+        origin = self.state.first_sample
+        return origin + self.batches.first(step), origin + self.batches.first(step + 1)
+
+    def _tokens(self, steps: int) -> int:
+        return self.batches.first(steps) * self.settings.sequence_length
+
+    def _seen(self) -> int:
+        """Tokens of the stage's steps so far, without the batches that were passed over."""
+        state = self.state
+        passed = sum(self._tokens(step + 1) - self._tokens(step) for step in state.skipped if step < state.step)
+        return self._tokens(state.step) - passed
+
+    def _count_tokens(self) -> None:
+        """Add the tokens of the present step to the state's counts."""
+        counts = self.mixture.tokens_by_source(*self._samples(self.state.step))
+        for name, tokens in counts.items():
+            self.state.source_tokens[name] = self.state.source_tokens.get(name, 0) + tokens
+        self.state.tokens += sum(counts.values())
+
+    def _new_epochs(self, step: int) -> list[str]:
+        """What there is to say of sources that ran dry in a step and began anew."""
+        begun = self.mixture.epochs_begun(*self._samples(step))
+        return [f"source {name} begins epoch {epoch}" for name, epoch in begun]
 
     def evaluate(self, windows: int | None) -> LoopEvaluation:
-        """Loss of every loop on the validation text, or on its first `windows` windows."""
-        loops = self.settings.evaluation_loops or self.model.config.total_ut_steps + 2
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
-            return evaluate_loops(
-                self.model, self.validation, loops, self.settings.batch_size, self.characters, windows
-            )
+        """Loss of every loop on the validation text, or on about `windows` windows of it."""
+        model = self.state.model
+        loops = self.settings.evaluation_loops or model.config.total_ut_steps + 2
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.state.autocast)):
+            return evaluate_loops(model, self.validation, loops, self.settings.micro_batch_size, windows)
 
-    def _evaluate(self, step: int, windows: int | None, bar: Progress, log: MetricsLog) -> LoopEvaluation:
+    def _evaluate(self, windows: int | None, bar: Progress) -> LoopEvaluation:
         """Evaluate, write it down and save the model; a diverged model does not replace the saved one."""
-        result = self.evaluate(windows)
-        if not all(map(math.isfinite, result.losses[: self.model.config.total_ut_steps])):
-            raise FloatingPointError(f"step {step}: the validation loss by loop is {result.losses}; {REMEDY}")
-        record = {"step": step, "tokens": self.tokens, "loop_losses": result.losses}
-        self.evaluations.append(record)
-        log.write({"evaluation": record})
-        by_loop = "  ".join(f"{loss:.3f}" for loss in result.losses)
-        bar.note(f"step {step}: validation loss by loop  {by_loop}")
+        state, result = self.state, self.evaluate(windows)
+        where = f"{self.stage.name}, step {state.step}"
+        if not all(map(math.isfinite, result.losses[: state.model.config.total_ut_steps])):
+            raise FloatingPointError(f"{where}: the validation loss by loop is {result.losses}; {REMEDY}")
+        self.tracker.evaluation(
+            {
+                "stage": self.stage.settings.name,
+                "step": state.step,
+                "tokens": state.tokens,
+                "loop_losses": result.losses,
+                "source_losses": result.source_losses,
+            }
+        )
+        bar.note(f"{where}: validation loss by loop  " + "  ".join(f"{loss:.3f}" for loss in result.losses))
+        for warning in state.health.after_evaluation(result, state.model.config.total_ut_steps):
+            self._warn(warning, bar)
         self.save()
         return result
 
+    def _warn(self, warning: str, bar: Progress) -> None:
+        bar.note(warning)
+        self.tracker.warning({"stage": self.stage.settings.name, "step": self.state.step, "text": warning})
 
-def build_optimizer(model: OuroForCausalLM, settings: TrainingSettings) -> torch.optim.AdamW:
+    def _result(self, final: LoopEvaluation) -> StageResult:
+        state = self.state
+        return StageResult(
+            stage=self.stage.number,
+            name=self.stage.settings.name,
+            layers=self.stage.layers,
+            loops=self.stage.loops,
+            sequence_length=self.settings.sequence_length,
+            parameters=self.stage.parameters,
+            steps=state.step,
+            tokens=self._seen(),
+            minutes=state.minutes,
+            compiled=self.not_compiled is None,
+            autocast="bfloat16" if state.autocast else None,
+            final=final,
+        )
+
+
+def build_optimizer(model: OuroForCausalLM, settings: StageDefaults) -> torch.optim.AdamW:
     """AdamW with decay on the matrices of the layers only."""
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "_proj." in n]
     kept = {id(p) for p in decayed}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from looplm.data.corpora import load_documents
 from small_gguf import small_llama
 from small_run import write_corpus
 
 import looplm
-from looplm.data.corpora import load_documents
 from looplm.data.tokenizers import train_bpe
 from looplm.model.loading import load_model
 from looplm.model.retrofitting import retrofit

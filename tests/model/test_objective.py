@@ -193,3 +193,82 @@ def test_training_step_in_bf16_autocast() -> None:
     wide = tiny_model()(IDS, labels=LABELS).loss
     assert output.loss.item() == pytest.approx(wide.item(), rel=0.05)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- other objectives, other numbers of loops, and the losses of every token ---
+
+
+@torch.no_grad()
+def per_loop(model: OuroForCausalLM, loops: int) -> Tensor:
+    """Cross entropy of every target after each loop (B, S, T), one full pass a loop; 0 where ignored."""
+    targets = shifted(LABELS)
+    losses = []
+    for depth in range(1, loops + 1):
+        log_p = model(IDS, num_loop_steps=depth).logits.log_softmax(-1)
+        picked = -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        losses.append(picked.masked_fill(targets == -100, 0.0))
+    return torch.stack(losses, dim=-1)
+
+
+@pytest.mark.parametrize("name", ["plain", "prelude-coda", "all"])
+@torch.no_grad()
+def test_token_losses_and_the_objectives_over_them(name: str) -> None:
+    model = tiny_model(**VARIANTS[name])
+    losses, valid = per_loop(model, 3), shifted(LABELS) != -100
+    for objective, expected in (("last", losses[..., -1]), ("mean", losses.mean(-1))):
+        output = model(IDS, labels=LABELS, objective=objective)
+        close(output.loss, expected[valid].mean())
+        close(output.token_losses, losses)
+        close(output.loop_losses, losses[valid].mean(0))
+    close(model(IDS, labels=LABELS).token_losses, losses)
+
+
+@pytest.mark.parametrize("objective", ["last", "mean"])
+def test_the_gate_takes_no_part_in_other_objectives(objective: str) -> None:
+    for name in ("plain", "prelude-coda"):
+        model = tiny_model(**VARIANTS[name]).train()
+        model(IDS, labels=LABELS, objective=objective).loss.backward()
+        for parameter, value in model.named_parameters():
+            assert (value.grad is None) == ("early_exit_gate" in parameter), parameter
+
+
+def test_gradients_of_the_last_loop_equal_those_of_its_logits() -> None:
+    for name in ("plain", "all"):
+        gradients = []
+        for plain in (False, True):
+            model = tiny_model(**VARIANTS[name]).train()
+            if plain:
+                logits = model(IDS, exit_at_step=2).logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, shifted(LABELS).flatten())
+            else:
+                loss = model(IDS, labels=LABELS, objective="last").loss
+            loss.backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for parameter, expected in gradients[1].items():
+            close(gradients[0][parameter], expected)
+
+
+@pytest.mark.parametrize("loops", [1, 2, 4])
+@pytest.mark.filterwarnings("error:running")
+def test_training_with_other_numbers_of_loops(loops: int) -> None:
+    """Equation 4 over n loops: p_n is the rest, the gate after loop n is not used, and nobody is warned of n > T."""
+    model = tiny_model().train()
+    output = model(IDS, labels=LABELS, num_loop_steps=loops, exit_beta=0.3)
+    losses, valid = per_loop(tiny_model(total_ut_steps=4), loops), shifted(LABELS) != -100
+    total = torch.zeros(IDS.shape, dtype=torch.float64)
+    survival = torch.ones_like(total)
+    hazards = output.gate_logits.detach().sigmoid()
+    for t in range(loops):
+        p = survival * hazards[..., t] if t < loops - 1 else survival
+        close(output.exit_probabilities[..., t].detach(), p)
+        total, survival = total + p * losses[..., t] + 0.3 * p * p.log(), survival - p
+    assert output.exit_probabilities.shape == (2, 9, loops)
+    close(output.loss.detach(), total[valid].mean())
+    gates = torch.autograd.grad(output.loss, output.gate_logits, retain_graph=True)[0]
+    assert (gates[..., -1] == 0).all() and (loops == 1 or (gates[valid][..., :-1] != 0).all())
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match="objective is 'best'; it must be expected, last or mean"):
+        tiny_model()(IDS, labels=LABELS, objective="best")

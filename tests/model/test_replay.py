@@ -102,6 +102,41 @@ def test_full_depth_and_depth_one() -> None:
     close(model(ids, exit_mode="freeze", exit_at_step=0).logits, model(ids, num_loop_steps=1).logits)
 
 
+@pytest.mark.parametrize("rule", ["q", "sampled", "kl"])
+@pytest.mark.parametrize("least", [2, torch.tensor([1, 3, 2])])
+def test_limits_of_a_generation_are_replayed(rule: str, least: int | Tensor) -> None:
+    """The rule finds the depths of a generation with limits, and so do its probabilities and its survival."""
+    model = tiny_model()
+    options = {"exit_rule": RULES[rule][0], "prefill": "adaptive", "min_loops": least, "max_loops": 3}
+    result = model.generate(**left_padded(PROMPTS), **FULL, **options)
+    inputs, ran = replayed(result, PROMPTS), result.position_depths > 0
+    found = model(**inputs, exit_rule=RULES[rule][0], exit_mode="freeze", min_loops=least, num_loop_steps=3)
+    replay = model(**inputs, exit_depths=result.position_depths, min_loops=least)
+    assert torch.equal(found.exit_depths[ran], result.position_depths[ran])
+    for output in (found, replay):
+        close(output.logits[:, 5:].detach(), torch.stack(result.logits, dim=1))
+        probabilities = (x.detach().float() for x in (output.exit_probabilities[:, 5:], result.exit_probabilities))
+        torch.testing.assert_close(*probabilities, rtol=1e-5, atol=1e-6, equal_nan=True)
+        close(output.survival[:, 5:], result.survival)
+
+
+@pytest.mark.parametrize("mode", ["rule", "replay"])
+def test_what_a_freezing_pass_returns(mode: str) -> None:
+    model, ids = tiny_model(num_prelude_layers=1, num_coda_layers=1), tokens(2, 6)
+    how = {"exit_rule": QExit(0.6), "exit_mode": "freeze"}
+    whole = model(ids, labels=ids, **how)
+    if mode == "replay":
+        how = {"exit_depths": whole.exit_depths}
+    output = model(ids, labels=ids, skip_logits=True, **how)
+    assert output.logits is None and torch.equal(output.exit_depths, whole.exit_depths)
+    expected = torch.nn.functional.cross_entropy(whole.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    close(output.token_losses, torch.nn.functional.pad(expected, (0, 1)).detach())
+    close(output.loss, whole.loss)
+    part = model(ids, logits_to_keep=2, **how)
+    close(part.logits, whole.logits[:, -2:])
+    assert torch.equal(part.exit_depths, whole.exit_depths[:, -2:])
+
+
 # --- what stays frozen ---
 
 
@@ -267,6 +302,14 @@ def test_recorded_depths_that_cannot_be(depths: Tensor, message: str) -> None:
         ({"use_weighted_exit": True, "exit_mode": "freeze"}, "use_weighted_exit mixes all loops"),
         ({"exit_mode": "skip", "exit_threshold": 0.5}, "exit_mode is 'skip'; it must be select or freeze"),
         ({"exit_mode": "freeze", "exit_threshold": 1.5}, "exit_threshold is 1.5; it must lie in"),
+        ({"min_loops": 2}, "min_loops is 2, but goes with exit_mode='freeze' or exit_depths only"),
+        ({"min_loops": torch.tensor([2, 1])}, "but goes with exit_mode='freeze' or exit_depths only"),
+        ({"exit_mode": "freeze", "min_loops": 4}, r"min_loops is 4; it must lie in 1..max_loops = 3"),
+        ({"exit_mode": "freeze", "min_loops": torch.ones(3).long()}, r"min_loops has shape \(3,\)"),
+        ({"exit_depths": torch.ones(2, 6).long(), "min_loops": torch.ones(3).long()}, r"min_loops has shape \(3,\)"),
+        ({"min_loops": 2, "exit_depths": torch.ones(2, 6).long()}, "exit_depths spans 1..1; it must hold .* in 2..3"),
+        ({"exit_mode": "freeze", "output_hidden_states": True}, "output_hidden_states is True, but a freezing pass"),
+        ({"exit_mode": "freeze", "objective": "last", "labels": tokens(2, 6)}, "objective is 'last', but a freezing"),
         ({"exit_mode": "freeze", "exit_rule": QExit(torch.tensor([0.5] * 3))}, "has 3 values; the batch has 2 rows"),
         ({"exit_mode": "freeze", "past_key_values": LoopCache(tiny_config(num_coda_layers=1))}, "holds layers"),
     ],

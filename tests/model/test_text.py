@@ -26,7 +26,7 @@ def model():
 
 
 def encode(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    return TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def test_mean_depth_by_hand():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from looplm.objectives.expected_loss import Prior, prior_log_probabilities, stage_one_loss
+from looplm.objectives.expected_loss import Prior, fixed_loss, prior_log_probabilities, stage_one_loss
 
 F64 = torch.float64
 
@@ -228,3 +228,44 @@ def test_user_mistakes() -> None:
             stage_one_loss(states, weight, targets, gate, beta=0.1, prior=prior)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gate_logits have shape"):
         stage_one_loss(states, weight, targets, gate[..., :2], beta=0.1)
+
+
+# --- the loss of the last loop, or the mean ---
+
+
+def test_table_last_and_mean() -> None:
+    # In units of ln 2 the losses are 1, 2, 3 of token 1 and 1, 2, 1 of token 2: last (3 + 1) / 2, mean 10 / 6.
+    states, weight, targets, _ = hand_problem()
+    last, losses = fixed_loss(states, weight, targets, objective="last")
+    mean, same = fixed_loss(states, weight, targets, objective="mean")
+    assert last.item() == pytest.approx(2 * LN2, rel=1e-12) and mean.item() == pytest.approx(10 / 6 * LN2, rel=1e-12)
+    by_hand = torch.tensor([[[1.0, 1.0, 0.0]], [[2.0, 2.0, 0.0]], [[3.0, 1.0, 0.0]]], dtype=F64) * LN2
+    torch.testing.assert_close(losses, by_hand)
+    torch.testing.assert_close(same, by_hand)
+    torch.testing.assert_close(stage_one_loss(*hand_problem(), beta=0.4).token_losses, by_hand)
+    halved, _ = fixed_loss(states, weight, targets, objective="last", num_items=torch.tensor(4))
+    assert halved.item() == pytest.approx(LN2, rel=1e-12)
+
+
+@given(num_loops=st.integers(1, 5), seed=st.integers(0, 2**31), mean=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_fixed_losses_equal_plain_cross_entropy(num_loops: int, seed: int, mean: bool) -> None:
+    states, weight, targets, _ = problem(2, 4, num_loops, 3, 7, seed)
+    found, losses = fixed_loss(states, weight, targets, objective="mean" if mean else "last")
+    plain = [cross_entropy((h @ weight.t()).flatten(0, 1), targets.flatten()) for h in states]
+    expected = torch.stack(plain).mean() if mean else plain[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    valid = (targets != -100).sum()
+    torch.testing.assert_close(losses.flatten(1).sum(1) / valid, torch.stack(plain).detach(), rtol=1e-10, atol=1e-10)
+    assert not losses.requires_grad
+    leaves = [*states, weight]
+    theirs = torch.autograd.grad(expected, leaves, allow_unused=True)
+    for a, b in zip(torch.autograd.grad(found, leaves, allow_unused=True), theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_an_unknown_objective() -> None:
+    with pytest.raises(ValueError, match="objective is 'first'; it must be expected, last or mean"):
+        fixed_loss(*hand_problem()[:3], objective="first")  # type: ignore[arg-type]

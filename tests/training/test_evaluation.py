@@ -43,7 +43,7 @@ def test_equals_one_run_a_loop_over_each_window(model):
     windows = Windows(CORPUS, 16, keep_remainder=True)
     pairs = [(torch.tensor(w["input_ids"]), torch.tensor(w["labels"]), None) for w in (windows[i] for i in range(6))]
     nats = slow_losses(model, pairs, 5)
-    result = evaluate_loops(model, windows, 5, 4, CORPUS.characters)
+    result = evaluate_loops(model, {"text": windows}, 5, 4)
     assert len(windows) == 6 and CORPUS.text_tokens == 90
     assert result.losses == pytest.approx((nats / 90).tolist(), rel=1e-9)
     assert result.bits_per_character == pytest.approx((nats / math.log(2) / 777).tolist(), rel=1e-9)
@@ -62,9 +62,9 @@ def test_separate_documents_equal_each_document_alone(model):
     lengths = [0, *map(len, kept)]
     short = EncodedCorpus(torch.cat(kept).numpy().astype(np.uint16), np.cumsum(lengths), 500)
     expected = slow_losses(model, [(d[:-1], d[1:], None) for d in kept], 4)
-    result = evaluate_loops(model, Windows(short, 60, separate_documents=True, keep_remainder=True), 4, 2, 500)
+    result = evaluate_loops(model, {"text": Windows(short, 60, separate_documents=True, keep_remainder=True)}, 4, 2)
     assert result.losses == pytest.approx((expected / short.text_tokens).tolist(), rel=1e-9)
-    cut = evaluate_loops(model, long, 4, 2, 777)
+    cut = evaluate_loops(model, {"text": long}, 4, 2)
     assert cut.losses != pytest.approx((nats / 90).tolist(), rel=1e-6)  # a cut document lost its context
 
 
@@ -74,7 +74,7 @@ def test_bits_per_character_by_hand():
     torch.nn.init.zeros_(model.lm_head.weight)  # 4 bits a token, whatever the text
     tokens = np.array([0, 3, 4, 5, 6, 0, 7, 8], dtype=np.uint16)  # 6 text tokens in 2 documents of 10 characters
     corpus = EncodedCorpus(tokens, np.array([0, 5, 8]), 10)
-    result = evaluate_loops(model, Windows(corpus, 3, keep_remainder=True), 2, 2, corpus.characters)
+    result = evaluate_loops(model, {"text": Windows(corpus, 3, keep_remainder=True)}, 2, 2)
     assert result.losses == pytest.approx([math.log(16)] * 2, rel=1e-6)
     assert result.bits_per_character == pytest.approx([4 * 6 / 10] * 2, rel=1e-6)
 
@@ -90,7 +90,7 @@ def test_exit_probabilities_are_those_of_the_trained_loops(model, loops):
         valid = torch.tensor(window["labels"]) != -100
         mass += exit_probabilities(gates)[valid].sum(0)
         count += int(valid.sum())
-    result = evaluate_loops(model, windows, loops, 4, 777)
+    result = evaluate_loops(model, {"text": windows}, loops, 4)
     assert len(result.losses) == loops
     assert result.exit_probabilities == pytest.approx((mass / count).tolist(), rel=1e-9)
     assert sum(result.exit_probabilities) == pytest.approx(1, abs=1e-9)
@@ -101,7 +101,7 @@ def test_exit_probabilities_are_those_of_the_trained_loops(model, loops):
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_padding_of_the_last_batch_changes_nothing(model, separate):
     windows = Windows(CORPUS, 16, separate_documents=separate, keep_remainder=True)
-    whole, *others = (evaluate_loops(model, windows, 4, size, 777) for size in (6, 1, 4, 5, 50))
+    whole, *others = (evaluate_loops(model, {"text": windows}, 4, size) for size in (6, 1, 4, 5, 50))
     for other in others:
         assert other.losses == pytest.approx(whole.losses, rel=1e-12)
         assert other.exit_probabilities == pytest.approx(whole.exit_probabilities, rel=1e-12)
@@ -110,16 +110,16 @@ def test_the_padding_of_the_last_batch_changes_nothing(model, separate):
 def test_every_batch_has_the_same_shape(model, monkeypatch):
     shapes, forward = set(), type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, ids, **k: shapes.add(ids.shape) or forward(self, ids, **k))
-    evaluate_loops(model, Windows(CORPUS, 16, keep_remainder=True), 3, 4, 777)
+    evaluate_loops(model, {"text": Windows(CORPUS, 16, keep_remainder=True)}, 3, 4)
     assert shapes == {(4, 16)}  # a smaller one would be compiled anew
 
 
 def test_a_limit_reads_the_first_windows_and_gives_no_bits(model):
     windows = Windows(CORPUS, 16, keep_remainder=True)
     first = EncodedCorpus(CORPUS.tokens[:33], np.array([0, 30, 33]), 1)
-    expected = evaluate_loops(model, Windows(first, 16, keep_remainder=True), 3, 2, 1)
+    expected = evaluate_loops(model, {"text": Windows(first, 16, keep_remainder=True)}, 3, 2)
     for limit in (1, 2):  # whole batches
-        result = evaluate_loops(model, windows, 3, 2, 777, limit)
+        result = evaluate_loops(model, {"text": windows}, 3, 2, limit)
         assert result.losses == pytest.approx(expected.losses, rel=1e-9) and result.bits_per_character is None
 
 
@@ -128,11 +128,35 @@ def test_the_mode_is_given_back_and_no_gradient_kept():
     windows = Windows(CORPUS, 16, keep_remainder=True)
     for training in (True, False):
         model.train(training)
-        evaluate_loops(model, windows, 3, 4, 777)
+        evaluate_loops(model, {"text": windows}, 3, 4)
         assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_running_beyond_the_trained_depth_is_not_warned_about(model, recwarn):
-    evaluate_loops(model, Windows(CORPUS, 16, keep_remainder=True), 6, 4, 777)
+    evaluate_loops(model, {"text": Windows(CORPUS, 16, keep_remainder=True)}, 6, 4)
     assert not recwarn.list
+
+
+@torch.no_grad()
+def test_several_sources_are_told_apart_and_weighed_by_their_tokens(model):
+    other = encoded([20, 9], seed=5, characters=123)
+    windows = {"one": Windows(CORPUS, 16, keep_remainder=True), "two": Windows(other, 16, keep_remainder=True)}
+    both = evaluate_loops(model, windows, 3, 4)
+    one, two = (evaluate_loops(model, {name: source}, 3, 4) for name, source in windows.items())
+    assert both.source_losses == {"one": one.losses, "two": two.losses}
+    share = 90 / (90 + 27)  # text tokens
+    mixed = [share * a + (1 - share) * b for a, b in zip(one.losses, two.losses, strict=True)]
+    assert both.losses == pytest.approx(mixed, rel=1e-12)
+    bits = [loss * 117 / math.log(2) / (777 + 123) for loss in both.losses]
+    assert both.bits_per_character == pytest.approx(bits, rel=1e-12)
+    depth = share * one.expected_depth + (1 - share) * two.expected_depth
+    assert both.expected_depth == pytest.approx(depth, rel=1e-12)
+
+
+def test_a_limit_is_shared_by_the_sources(model, monkeypatch):
+    seen, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, ids, **k: seen.append(len(ids)) or forward(self, ids, **k))
+    windows = {name: Windows(encoded([60], seed=n), 8, keep_remainder=True) for n, name in enumerate("abc")}
+    evaluate_loops(model, windows, 3, 2, limit=7)
+    assert len(seen) == 3 * 2  # 7 windows over 3 sources in batches of 2: 2 batches each

