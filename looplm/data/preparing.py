@@ -1,8 +1,9 @@
 """Sources to token files, once: in several processes, and going on where a killed run stopped.
 
 A source is read from its beginning by one process, encoded in chunks by several, and appended in order by the first
-one (see `looplm.data.shards`). A killed preparation reads the source again, which is some ten times faster than
-encoding, and encodes what is missing. What has been prepared before is left as it is, if its fingerprint still fits.
+one (see `looplm.data.shards`). A killed preparation reads the source again, which takes a small part of the time that
+encoding does (docs/log.md), and encodes what is missing. What has been prepared before is left as it is, if its
+fingerprint still fits.
 """
 
 import json

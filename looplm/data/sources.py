@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Source:
     files: tuple[Path, ...]
     root: Path
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Where the positions of `documents` end: bytes of the files, or the limit of a hub data set; 0: unknown."""
         if self.settings.is_hub:
@@ -86,7 +87,10 @@ def open_source(name: str, settings: SourceSettings) -> Source:
     try:
         if settings.is_hub:
             return Source(name, settings, (), Path())
-        root, files = _package_files(location) if location in _TEXT_PACKAGES else _files(location, settings.pattern)
+        if location in _TEXT_PACKAGES:
+            root, files = _package_files(location, settings.pattern)
+        else:
+            root, files = _files(location, settings.pattern)
     except ValueError as error:
         raise ValueError(f"source {name}: {error}") from None
     return Source(name, settings, tuple(files), root)
@@ -98,14 +102,18 @@ def _stream(name: str, settings: SourceSettings) -> Iterator[dict[str, Any]]:
 
     try:
         yield from datasets.load_dataset(name, settings.config, split=settings.split, streaming=True)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the readers and the network library below `datasets` raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         config = f"config {settings.config!r}, " if settings.config else ""
         raise ValueError(f"cannot read data set {name} ({config}split {settings.split!r}): {reason}") from error
 
 
-def _package_files(location: str) -> tuple[Path, list[Path]]:
+def _package_files(location: str, wanted: str | None) -> tuple[Path, list[Path]]:
     package, pattern, install = _TEXT_PACKAGES[location]
+    if wanted is not None:
+        raise ValueError(
+            f"pattern {wanted!r} chooses files of a folder, and {location} is a text package: leave it out"
+        )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"text package {location} is not installed: run `{install}`, or give a file or folder instead")
@@ -117,7 +125,13 @@ def _files(location: str, pattern: str | None) -> tuple[Path, list[Path]]:
     """The files a path stands for: itself, or those below a folder by relative path."""
     path = Path(location).expanduser()
     if path.is_dir():
-        found = [p for p in path.glob(pattern or "**/*") if p.is_file() and (pattern or p.suffix in _SUFFIXES)]
+        try:
+            below = list(path.glob("**/*" if pattern is None else pattern))
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"pattern {pattern!r}: {error}; write one like '**/*.py', relative to {location}"
+            ) from None
+        found = [p for p in below if p.is_file() and (pattern or p.suffix in _SUFFIXES)]
         if not found:
             wanted = f"matches {pattern!r}" if pattern else f"ends in {', '.join(_SUFFIXES)}"
             raise ValueError(f"corpus is empty: no file below {location} {wanted}")

@@ -49,7 +49,8 @@ def loss_chart(history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mappi
     Args:
         history, evaluations: rows with `tokens` and `loop_losses` (T numbers, nats per token).
     """
-    curves, points = series(history, "loop_losses"), series(evaluations, "loop_losses")
+    stages, checks = series(history, "loop_losses"), series(evaluations, "loop_losses")
+    curves, points = [row for rows in stages for row in rows], [row for rows in checks for row in rows]
     if not curves and not points:
         return ""
     # The first steps fall from ln(vocabulary) and would flatten everything that follows.
@@ -59,14 +60,15 @@ def loss_chart(history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mappi
     x = _Scale(0, max(row[0] for row in (*curves, *points)) or 1, *_X)
     y = _Scale(min(losses) - pad, max(losses) + pad, *_Y)
     last = (curves or points)[-1]
-    marks = [*_curves(curves, x, y), *_points(points, x, y)]
+    marks = [mark for rows in stages for mark in _curves(rows, x, y)] + _points(points, x, y)
     text = f"Loss by loop from 0 to {short(x.high)} tokens; it ends at " + ", ".join(
         f"{loss:.3f} for loop {loop}" for loop, loss in enumerate(last[1:], start=1)
     )
     frame = f'<clipPath id="frame"><path d="M{_X[0]:g} {_Y[1] - 4:g}H440V{_Y[0]:g}H{_X[0]:g}z"/></clipPath>'
     clipped = [frame, '<g clip-path="url(#frame)">', *marks, "</g>"]
     labels = _labels([(loop, y(loss)) for loop, loss in enumerate(last[1:], start=1)])
-    return _svg("Loss of every loop over training", text, (440, 290), [*_axes(x, y), *clipped, *labels])
+    marks = [*_axes(x, y), *_boundaries(stages, x), *clipped, *labels]
+    return _svg("Loss of every loop over training", text, (440, 290), marks)
 
 
 def exit_chart(history: Iterable[Mapping[str, Any]]) -> str:
@@ -75,22 +77,34 @@ def exit_chart(history: Iterable[Mapping[str, Any]]) -> str:
     Args:
         history: rows with `tokens` and `exit_probabilities` (T numbers that add up to 1).
     """
-    rows = series(history, "exit_probabilities")
-    if not rows:
+    stages = series(history, "exit_probabilities")
+    if not stages:
         return ""
-    x, y = _Scale(rows[0][0], max(rows[-1][0], rows[0][0] + 1), *_X), _Scale(0, 1, *_Y)
-    bands, ends = [], []
+    first, last = stages[0][0], stages[-1][-1]
+    x, y = _Scale(first[0], max(last[0], first[0] + 1), *_X), _Scale(0, 1, *_Y)
+    bands = [band for rows in stages for band in _bands(rows, x, y)]
+    ends = [(loop, y(sum(last[1:loop]) + last[loop] / 2)) for loop in range(1, len(last))]
+    text = "Share of tokens that exit after each loop; at the end " + ", ".join(
+        f"{share:.0%} after loop {loop}" for loop, share in enumerate(last[1:], start=1)
+    )
+    marks = [*_axes(x, y, percent=True), *bands, *_boundaries(stages, x), *_labels(ends)]
+    return _svg("Exit distribution over training", text, (440, 290), marks)
+
+
+def _bands(rows: Sequence[Sequence[float]], x: _Scale, y: _Scale) -> list[str]:
+    """The exit distribution of one stage, stacked."""
+    bands = []
     for loop in range(1, len(rows[0])):
         below = [(x(row[0]), y(min(sum(row[1:loop]), 1))) for row in rows]
         above = [(x(row[0]), y(min(sum(row[1 : loop + 1]), 1))) for row in rows]
         outline = "L".join(f"{a:.1f} {b:.1f}" for a, b in [*above, *reversed(below)])
         bands.append(f'<path class="band d{loop}" d="M{outline}z"><title>exit after loop {loop}</title></path>')
-        ends.append((loop, (below[-1][1] + above[-1][1]) / 2))
-    text = "Share of tokens that exit after each loop; at the end " + ", ".join(
-        f"{share:.0%} after loop {loop}" for loop, share in enumerate(rows[-1][1:], start=1)
-    )
-    marks = [*_axes(x, y, percent=True), *bands, *_labels(ends)]
-    return _svg("Exit distribution over training", text, (440, 290), marks)
+    return bands
+
+
+def _boundaries(stages: Sequence[Sequence[Sequence[float]]], x: _Scale) -> list[str]:
+    """An upright line where each stage but the first begins."""
+    return [f'<path class="axis" d="M{x(rows[0][0]):.1f} {_Y[0]:g}V{_Y[1]:g}"/>' for rows in stages[1:]]
 
 
 def depth_chart(counts: Mapping[int, int], deepest: int) -> str:
@@ -205,11 +219,17 @@ def thin(rows: Sequence[Sequence[float | None]], most: int = _POINTS) -> list[li
     return [[sum(column) / len(column) for column in zip(*run, strict=True)] for run in runs]
 
 
-def series(rows: Iterable[Mapping[str, Any]], name: str) -> list[list[float]]:
-    """(tokens, value of loop 1, ..., of loop T), thinned; rows of another T than the last one's are skipped."""
-    table = [[row.get("tokens"), *(row.get(name) or [])] for row in rows]
-    table = [row for row in table if len(row) > 1]
-    return thin([row for row in table if len(row) == len(table[-1])])
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> list[list[list[float]]]:
+    """Of every stage (tokens, value of loop 1, ..., of loop T), thinned; rows of fewer loops than its T are skipped."""
+    stages: dict[Any, list[list[Any]]] = {}
+    for row in rows:
+        if row.get(name):
+            stages.setdefault(row.get("stage"), []).append([row.get("tokens"), *row[name]])
+    thinned = [
+        thin([row for row in stage if len(row) == max(map(len, stage))], max(_POINTS // len(stages), 2))
+        for stage in stages.values()
+    ]
+    return [stage for stage in thinned if stage]
 
 
 def _axes(x: _Scale, y: _Scale, percent: bool = False, title: str = "training tokens") -> list[str]:

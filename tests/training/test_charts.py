@@ -49,9 +49,21 @@ def test_thin_keeps_order_and_totals(values, most):
     assert total == pytest.approx(sum(values), abs=1e-6)
 
 
-def test_series_keeps_rows_with_as_many_loops_as_the_last():
+def test_series_keeps_the_rows_of_a_stage_with_its_most_loops():
     rows = [{"tokens": 1, "p": [1.0]}, {"tokens": 2, "p": [0.5, 0.5]}, {"tokens": 3}, {"tokens": 4, "p": [0.1, 0.9]}]
-    assert series(rows, "p") == [[2, 0.5, 0.5], [4, 0.1, 0.9]]
+    assert series(rows, "p") == [[[2, 0.5, 0.5], [4, 0.1, 0.9]]]
+    staged = [{"stage": "a", **rows[3]}, {"stage": "b", **rows[0]}, {"stage": "b", "tokens": 9, "p": [1.0]}]
+    assert series(staged, "p") == [[[4, 0.1, 0.9]], [[1, 1.0], [9, 1.0]]]
+
+
+def test_stages_of_other_loops_are_all_drawn_and_parted():
+    history = [{"stage": "a", "tokens": t, "loop_losses": [4.0, 3.5], "exit_probabilities": [0.5, 0.5]} for t in (1, 50)]
+    history += [{"stage": "b", "tokens": t, "loop_losses": [3.0], "exit_probabilities": [1.0]} for t in (60, 100)]
+    losses, exits = loss_chart(history, []), exit_chart(history)
+    assert re.findall(r'class="curve d(\d)"', losses) == ["1", "2", "1"]
+    assert re.findall(r'class="band d(\d)"', exits) == ["1", "2", "1"]
+    assert 'class="axis" d="M241.6 246V12"' in losses  # 46 + 60 / 100 * 326
+    assert losses.count('class="label"') == exits.count('class="label"') == 1  # those of the last stage
 
 
 def test_spread_moves_only_what_is_too_close():

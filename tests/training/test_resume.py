@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -198,6 +199,37 @@ def test_missing_records_are_refused(tmp_path):
     assert code == 2 and "metrics.jsonl has 10 bytes, but had " in said and "put it back" in said
 
 
+def small_disk() -> None:
+    """No file may grow beyond 300 kB: models still can, checkpoints cannot."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(whole, tmp_path):
+    full = runs(tmp_path)
+    assert full.run(Moment(STEP, 4))[0] == -signal.SIGKILL
+    good = tree(full.output / "checkpoints")
+    full.prepare = small_disk
+    code, said = full.run()
+    last = said.splitlines()[-1]
+    assert code == 2 and "could not be written to" in last and "File too large; the last good one is 001-000000" in last
+    assert last.endswith("make room and start the same command again") and "Traceback" not in said
+    assert tree(full.output / "checkpoints") == good
+    full.prepare = None
+    assert full.run()[0] == 0
+    assert full.left() == whole.left()
+
+
+@pytest.mark.slow
+def test_compiled_runs_are_exact_too(tmp_path):
+    changes = {"defaults": {"compile": "on", "autocast": "bfloat16"}}
+    whole, killed = runs(tmp_path / "whole", **changes), runs(tmp_path / "killed", **changes)
+    assert whole.run()[0] == 0
+    for moment in (Moment(STEP, 4), Moment(f"{FILE}:_Writer.finish", 3), Moment(STEP, 6)):
+        assert killed.run(moment)[0] == -signal.SIGKILL
+    assert killed.run()[0] == 0
+    assert killed.left() == whole.left()
+
+
 def poison(last: int = 9) -> None:
     """The samples of the steps 9 to `last`, of 16, are noise."""
     from looplm.training import trainer
@@ -279,6 +311,19 @@ def test_minutes_go_on_where_they_stopped(tmp_path, monkeypatch):
     assert (result.steps, result.minutes) == (10, pytest.approx(1.0))
     rates = [record["learning_rate"] for record in records]
     assert rates[3:] == pytest.approx([3e-3 - 2e-3 * n / 10 for n in range(3, 10)])
+
+
+def test_anew_replaces_a_run_of_the_same_data_and_model_only(tmp_path):
+    recipe = small_recipe(tmp_path, stage={"name": "only", "steps": 2})
+    metrics = Path(recipe.output) / "metrics.jsonl"
+    train(recipe)
+    first = metrics.read_bytes()
+    assert train(recipe).results[0].steps == 2 and metrics.read_bytes() == first  # finished
+    train(recipe.with_stages(steps=3), anew=True)
+    assert [record["step"] for record in read_lines(metrics) if "loss" in record] == [0, 1, 2]
+    assert Checkpoints(Path(recipe.output) / "checkpoints").names() == ["001-00000000", "002-00000000"]
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(seed: 3 before, 4 now\)"):
+        train(recipe.model_copy(update={"seed": 4}), anew=True)
 
 
 @pytest.mark.parametrize(
