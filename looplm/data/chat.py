@@ -20,9 +20,13 @@ ROLES = ("system", "user", ASSISTANT, "tool")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
-"""The same format as a template of transformers tokenizers, for prompts."""
+"""The same format as a template of transformers tokenizers, for prompts.
+
+`enable_thinking` opens the answer with `<think>`, as the Thinking models were tuned on.
+"""
 
 
 class Message(TypedDict):

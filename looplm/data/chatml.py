@@ -7,19 +7,10 @@ padded with 0. `enable_thinking` opens the answer with `<think>`, as the Thinkin
 
 from transformers import PreTrainedTokenizerBase
 
-CHAT_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-CHAT_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+from looplm.data.chat import CHAT_TEMPLATE, TURN_END, TURN_START
 
-CHAT_TEMPLATE = r"""{% for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and enable_thinking -%}
-{{ '<think>\n' }}
-{%- endif %}
-{%- endif -%}
-"""
+CHAT_TOKENS = {"bos_token": TURN_START, "eos_token": TURN_END, "pad_token": "<|endoftext|>"}
+CHAT_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def set_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
