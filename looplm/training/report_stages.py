@@ -27,9 +27,8 @@ def stages_section(stages: Sequence[Stage]) -> str:
 
 def _stage_row(stage: Stage, deepest: int) -> list[str]:
     losses = [
-        f"{loss:.3f}" + ("*" if loop > stage["loops"] else "")
+        _number(loss, ".3f") + ("*" if loop > stage["loops"] else "")
         for loop, loss in enumerate(stage["final"]["losses"], start=1)
-        if loss is not None
     ]
     shape = f"{stage['layers']} × {stage['loops']}"
     facts = [stage["name"], shape, f"{stage['sequence_length']:,}", short(stage["tokens"])]
@@ -56,8 +55,8 @@ def _gate(name: str, gate: Mapping[str, Any]) -> str:
         f"Loss above full depth, nats per token, over {frontier['windows']:,} validation windows "
         f"({frontier['tokens']:,} tokens); lower and further left is better. Bars: 95 % intervals."
     )
-    chart = frontier_chart(frontier["curves"])
-    figure = f'<div class="charts"><figure>{chart}<figcaption>{caption}</figcaption></figure></div>'
+    chart = frontier_chart({name: _whole(points) for name, points in frontier["curves"].items()})
+    figure = f'<div class="charts"><figure>{chart}<figcaption>{caption}</figcaption></figure></div>' if chart else ""
     rows = [_comparison_row(comparison) for comparison in frontier["comparisons"]]
     heads = ["Rule", "Against", "Mean loops", "Difference", "95 % interval", "Verdict"]
     compared = _table("Loss differences at equal mean loops, nats per token; below 0 is better.", heads, rows)
@@ -70,16 +69,29 @@ def _gate(name: str, gate: Mapping[str, Any]) -> str:
     return _section(f"Where to stop ({_text(name)})", text, figure + compared + fits)
 
 
+def _whole(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The points of a curve that lack no number."""
+    return [
+        point for point in points if None not in (point["loops"], point["above_full"], *point["above_full_interval"])
+    ]
+
+
 def _comparison_row(comparison: Mapping[str, Any]) -> list[str]:
     low, high = comparison["interval"]
-    verdict = "better" if high < 0 else "worse" if low > 0 else "level"
-    numbers = [f"{comparison['loops']:g}", f"{comparison['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+    known = low is not None and high is not None
+    verdict = ("better" if high < 0 else "worse" if low > 0 else "level") if known else ""
+    interval = f"{_number(low, '+.4f')} to {_number(high, '+.4f')}"
+    numbers = [_number(comparison["loops"], "g"), _number(comparison["difference"], "+.4f"), interval]
     return [comparison["curve"], comparison["baseline"], *numbers, verdict]
 
 
 def _fit_row(target: str, fit: Mapping[str, Any]) -> list[str]:
-    hazards = [" ".join(f"{hazard:.2f}" for hazard in fit[f"hazards_{when}"]) for when in ("before", "after")]
-    return [target, f"{fit['loss_before']:.4f}", f"{fit['loss_after']:.4f}", *hazards]
+    hazards = [" ".join(_number(hazard, ".2f") for hazard in fit[f"hazards_{when}"]) for when in ("before", "after")]
+    return [target, _number(fit["loss_before"], ".4f"), _number(fit["loss_after"], ".4f"), *hazards]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _section(title: str, text: str, body: str) -> str:
