@@ -169,14 +169,8 @@ def test_train_writes_model_metrics_recipe_and_report(looplm_command, tmp_path):
     code, out, err = looplm_command("train", write_recipe(tmp_path))
     assert code == 0, err
     folder = tmp_path / "out"
-    assert {p.name for p in folder.iterdir()} == {
-        "data",
-        "model",
-        "metrics.jsonl",
-        "recipe.yaml",
-        "report.json",
-        "report.html",
-    }
+    files = {"model", "metrics.jsonl", "recipe.yaml", "report.json", "report.html"}
+    assert {p.name for p in folder.iterdir()} == files | {"data", "checkpoints"}
     assert "beyond training" in out and f"model   {folder}/model\nreport  {folder}/report.html\n" in out
     report = json.loads((folder / "report.json").read_text())
     assert report["title"] == f"looplm train {tmp_path}/recipe.yaml" == report["command"]
@@ -267,7 +261,7 @@ def train_refused(refused, folder: Path, **sections) -> str:
 
 def test_a_missing_file(refused, tmp_path):
     line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": "nowhere.txt"}}})
-    assert line.startswith("no such file or folder: nowhere.txt; give an existing path")
+    assert line.startswith("source x: no such file or folder: nowhere.txt; give an existing path")
 
 
 def test_a_missing_recipe(refused, tmp_path):
@@ -280,16 +274,19 @@ def test_an_empty_corpus(refused, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n")
     line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": str(empty)}}})
-    assert line == f"corpus is empty: {empty} holds no text; give a source with at least one document"
+    assert line == "source x: corpus is empty: no text; give at least one document"
 
 
-def test_a_corpus_smaller_than_one_sequence(refused, tmp_path):
+def test_a_corpus_smaller_than_one_sequence(looplm_command, tmp_path):
     small = tmp_path / "small.txt"
     small.write_text("the union of states shall make peace\n")
-    line = train_refused(refused, tmp_path, data={"sources": {"x": {"location": str(small)}}})
-    assert line.startswith("corpus has ") and line.endswith(
-        "fewer than one sequence of 33: use more text or a shorter sequence"
+    recipe = write_recipe(tmp_path, data={"sources": {"x": {"location": str(small)}}})
+    code, out, err = looplm_command("train", recipe)
+    assert (code, out) == (2, "")  # known when the text is tokenised, so that is said, and stays
+    assert err.splitlines()[-1] == (
+        "looplm: source x: corpus has 7 tokens, fewer than one sequence of 33: use more text or a shorter sequence"
     )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
 
 
 def test_an_unknown_recipe_key(refused, tmp_path):

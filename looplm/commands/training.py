@@ -41,20 +41,13 @@ def train(
         Console().print(plan_table(plan_recipe(settings)))
         return
 
-    from looplm.training.report import save_report
     from looplm.training.resume import Stopped
     from looplm.training.run import train as run
-    from looplm.training.summary import build_report, loop_table, stage_table
+    from looplm.training.summary import finish
 
     try:
         finished = run(settings)
     except Stopped as stopped:
         print(stopped)
         return
-    report = build_report(f"looplm train {recipe}", command_line(), finished)
-    page = save_report(settings.output, report)
-    console = Console()
-    if len(report["stages"]) > 1:
-        console.print(stage_table(report))
-    console.print(loop_table(report))
-    console.print(f"model   {settings.output}/model\nreport  {page}", markup=False, highlight=False, soft_wrap=True)
+    finish(f"looplm train {recipe}", command_line(), finished, None, Console())

@@ -139,6 +139,7 @@ def frontier_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     x = _Scale(1, max(2, *(point["loops"] for point in points)), *_X)
     y = _Scale(min(ends) - pad, max(ends) + pad, *_Y)
     marks = [_rule_colours(len(curves)), *_axes(x, y, title="mean loops")]
+    marks.append(f'<text x="{_X[0]:g}" y="2">nats a token above full depth</text>')
     for number, (name, line) in enumerate(curves.items()):
         marks.append(f'<g class="rule{_colour(number)}">')
         marks += _frontier_line(name, sorted(line, key=lambda point: point["loops"]), x, y)

@@ -152,18 +152,16 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, but all of them are damaged.
         """
-        faults = []
         for name in reversed(self.names()):
             try:
                 return open_checkpoint(self.folder / name)
             except ValueError as error:
-                faults.append(str(error))
                 aside = self.folder / f"{_ASIDE}{name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / name).rename(aside)
                 note(f"{error}; it is set aside as {aside.name}, the one before it is used")
-        if faults:
-            raise ValueError(f"no whole checkpoint is left in {self.folder} ({faults[0]}); remove it to start anew")
+        if any(self.folder.glob(f"{_ASIDE}*")):
+            raise ValueError(f"no whole checkpoint is left in {self.folder}; remove that folder to start anew")
         return None
 
     def _finish(self, writer: "_Writer") -> None:

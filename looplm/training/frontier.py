@@ -31,7 +31,7 @@ STATIC = "static depth"
 """The curve of fixed depths."""
 
 SPACING = 0.5
-"""Mean loops between the comparisons of two rules, and between the settings at which a gate is scored."""
+"""Mean loops between the comparisons of two rules."""
 
 CONFIDENCE_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Thresholds of the largest probability."""
@@ -141,9 +141,9 @@ def _lent(model: OuroForCausalLM) -> Iterator[Gate]:
 def compare_gates(model: OuroForCausalLM, batches: Batches, gates: Mapping[str, Gate], *, seed: int = 0) -> Frontier:
     """The frontiers of several gates of one frozen model, of static depth and of one confidence rule.
 
-    Every gate is scored at thresholds of its own that spread its mean depth evenly (`thresholds_for`). The confidence
-    rule, the largest probability, is left out for a model with a coda, whose read-out has no parallel form while
-    positions freeze.
+    Every gate is scored at thresholds of its own that bring it to the depths where rules are compared, and between
+    them and the ends (`thresholds_for`). The confidence rule, the largest probability, is left out for a model with a
+    coda, whose read-out has no parallel form while positions freeze.
 
     Args:
         gates: by name, see `gate_of`; the later ones are compared with the first (say, Stage I's).
@@ -152,8 +152,8 @@ def compare_gates(model: OuroForCausalLM, batches: Batches, gates: Mapping[str, 
     Raises:
         ValueError: as `frontier`.
     """
-    depths = np.arange(1 + SPACING / 2, model.config.total_ut_steps, SPACING).tolist()
-    curves = {}
+    most, curves = model.config.total_ut_steps, {}
+    depths = [1 + SPACING / 2, *_compared_depths(most), most - SPACING / 2] if most > 1 else []
     with _lent(model):
         for name, gate in gates.items():
             model.model.early_exit_gate.load_state_dict(gate)
@@ -307,10 +307,15 @@ def _point(setting: float, drawn: _Sums, full: _Sums) -> Point:
     return Point(setting, *loops, *loss, *above)
 
 
+def _compared_depths(most: float) -> list[float]:
+    """Every half loop between 1 and `most`."""
+    return np.arange(1 + SPACING, most, SPACING).tolist()
+
+
 def _compared(curve: str, baseline: str, lines: Mapping[str, _Sums]) -> list[Comparison]:
     """Differences at every half loop that both curves reach, but for the ends 1 and T, where all rules are the same."""
     pair, found = (lines[curve], lines[baseline]), []
-    for loops in np.arange(1 + SPACING, lines[STATIC][0, 0].max(), SPACING).tolist():
+    for loops in _compared_depths(lines[STATIC][0, 0].max()):
         if not all(line[0, 0].min() <= loops <= line[0, 0].max() for line in pair):
             continue
         ours, theirs = (np.array([loss_at(loops, *drawn) for drawn in line.transpose(1, 0, 2)]) for line in pair)

