@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py                    # the numbers of docs/log.md
 
 Width 512, 8 layers, 2 loops, vocabulary 16,384 (35M parameters, 0.4 GB with AdamW's moments), batch 2 x 128. In every
-turn a checkpoint is waited for and another one written while 16 steps go on; the stall is how long the call keeps the
+turn a checkpoint is waited for and another one written while 8 steps go on; the stall is how long the call keeps the
 next step waiting, in plain training steps of the same turn. It does not hold the processor time that the background
 write takes from the steps beside it: that is below this machine's noise.
 """
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS = 16
+STEPS = 8
 
 
 def main() -> None:

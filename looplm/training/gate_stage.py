@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from looplm.data.mixture import Mixture, batch
-from looplm.data.pipeline import Windows, validation_batches
+from looplm.data.pipeline import Windows
 from looplm.model.modeling import OuroForCausalLM
 from looplm.objectives.settings import GateTarget
 from looplm.training.acceleration import compile_layers
@@ -114,6 +115,12 @@ def _training_batches(mixture: Mixture, first: int, size: int) -> Iterator[Batch
 
 
 def _windows(validation: Mapping[str, Windows], size: int, limit: int) -> list[Batch]:
-    """About `limit` validation windows, shared evenly by the sources."""
-    batches = -(-limit // (size * len(validation)))
-    return [part for windows in validation.values() for part in validation_batches(windows, size, batches)]
+    """About `limit` validation windows, shared evenly by the sources and spread over each: of many documents."""
+    batches, share = [], -(-limit // len(validation))
+    for windows in validation.values():
+        count = min(share, len(windows))
+        chosen = [windows[k * len(windows) // count] for k in range(count)]
+        for first in range(0, count, size):
+            part = chosen[first : first + size]
+            batches.append({name: torch.from_numpy(np.stack([w[name] for w in part])) for name in part[0]})
+    return batches

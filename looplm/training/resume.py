@@ -231,7 +231,7 @@ def surroundings(state: TrainingState, recipe: Recipe) -> dict[str, Any]:
     device = state.model.device
     setting = recipe.stages[min(state.stage, len(recipe.stages)) - 1].compile
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

@@ -68,7 +68,9 @@ class PreparedData:
         settings = stage.settings
         train = {name: source.train for name, source in self.sources.items()}
         weights = settings.mixture or {name: len(corpus.tokens) for name, corpus in train.items()}
-        return Mixture(train, weights, settings.sequence_length, seed + stage.view, settings.separate_documents)
+        return Mixture(
+            train, weights, settings.sequence_length, (seed + stage.view) % 2**32, settings.separate_documents
+        )
 
     def windows(self, stage: PlannedStage) -> dict[str, Windows]:
         """Validation windows by source, of the stage's sequence length."""

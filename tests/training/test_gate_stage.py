@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from small_run import small_recipe
+from small_run import encoded, small_recipe
 from transformers import AutoModelForCausalLM
 
+from looplm.data.pipeline import Windows
 from looplm.training import samples
+from looplm.training.gate_stage import _windows
 from looplm.training.run import train
 from looplm.training.summary import finish
 from looplm.training.tracking import read_metrics
@@ -96,6 +98,16 @@ def test_chat_was_read_where_the_mixture_asks_for_it(finished):
     mid = [record["stage"] for record in records["step"]].index("mid")
     assert set(sums[:mid]) == {0} and sums[-1] == 12 * 128 / 2
     assert set(records["evaluation"][-1]["source_losses"]) == {"words", "sums"}
+
+
+def test_the_frontier_is_scored_on_windows_from_all_over_every_source():
+    validation = {name: Windows(encoded([81]), 8, keep_remainder=True) for name in "ab"}  # 10 windows each
+    batches = _windows(validation, 3, 7)
+    assert [len(batch["labels"]) for batch in batches] == [3, 1, 3, 1]
+    for number, index in enumerate((0, 2, 5, 7)):
+        expected = torch.tensor(validation["b"][index]["input_ids"])
+        assert torch.equal(batches[2 + number // 3]["input_ids"][number % 3], expected)
+    assert sum(len(batch["labels"]) for batch in _windows(validation, 4, 1000)) == 20
 
 
 def test_a_run_that_is_finished_does_nothing_more(finished):

@@ -1,6 +1,7 @@
 """Plans: stages resolved and counted by hand, stages that cannot follow each other, and the shipped recipes."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,13 @@ def test_what_is_not_in_the_paper_is_marked():
         text = next(path for path in RECIPES if path.stem == name).read_text()
         marked = {line.split(":")[0].strip() for line in text.splitlines() if "not in the paper" in line}
         assert {"seed", "num_attention_heads", "warmup_steps", "batch_ramp_steps", "tie_word_embeddings"} <= marked
+
+
+def test_the_recipe_of_the_documentation_resolves():
+    text = (Path(looplm.__file__).parents[1] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    stages = plan_recipe(Recipe.validated(yaml.safe_load(block), "docs/training.md"))
+    assert [(stage.layers, stage.loops) for stage in stages] == [(4, 8), (8, 4), (8, 4)]
 
 
 def test_a_pretrained_model_is_planned_from_its_own_shape(tmp_path):
