@@ -10,23 +10,22 @@ dense model's, and what both write: a table here, report.json and the model fold
 two or three hundred thousand tokens: this shows the way and its cost, not a good model.
 """
 
-import functools
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from looplm.data.corpora import load_documents, split_documents
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from looplm.commands import public_name
-from looplm.data.pipeline import EncodedCorpus, TrainingBatches, Windows, encode_documents
+from looplm.data.pipeline import Windows
 from looplm.data.texts import read_text
 from looplm.files import save_folder, write_json
 from looplm.model.dense import load_dense
@@ -37,14 +36,18 @@ from looplm.model.saving import Provenance, require_new_folder, write_model
 from looplm.model.text import continue_text
 from looplm.training.acceleration import choose_autocast
 from looplm.training.evaluation import evaluate_loops
-from looplm.training.recipe import TrainingSettings
-from looplm.training.trainer import Trainer
+from looplm.training.planning import plan
+from looplm.training.recipe import Recipe
+from looplm.training.run import begin_stage, enter_stage, prepare_data
+from looplm.training.state import TrainingState
+from looplm.training.tracking import Tracker
+from looplm.training.trainer import Trainer, build_optimizer
 
 PYTHON_DOCS = "/usr/share/doc/python3.11/html/_sources"
 PROMPTS = ("The capital of France is", "My fellow Americans, this year", "The list method append()")
 LENGTH = 256
-HELD_OUT_CHARACTERS = 800
-"""Of each held-out document: enough to tell losses apart, little enough to evaluate in seconds."""
+HELD_OUT = 200
+"""One document in so many is held out: enough to tell losses apart, little enough to evaluate in seconds."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,20 @@ class Options:
     """layers that loop, chosen by block influence"""
     loops: int = 3
     """T"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """peak"""
-    warmup_steps: int = 10
+    warmup_steps: int = 5
     """steps until the peak"""
     grow: bool = False
     """train with 1 loop first, then 2 ... then T"""
     distillation: float = 0.0
     """weight of KL(dense || last loop), added to the Stage I loss"""
+    damping: float = 1.0
+    """factor of what the core's layers add to the state, at the start: 1/T makes T loops about one"""
     batch_size: int = 4
     """sequences of 256 tokens a step"""
+    compile: Literal["auto", "off"] = "auto"
+    """compile the layers, where a compiler works"""
     seed: int = 0
 
 
@@ -84,21 +91,28 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         console.print(f"{PYTHON_DOCS} is not there (apt install python3.11-doc)", highlight=False, soft_wrap=True)
     options = replace(options, text=sources)
     dense, tokenizer = load_dense("smollm2")
-    train, validation = read(sources, tokenizer)
     core = choose_core(block_influence(dense, encode_text(dense, tokenizer, read_text())), options.core)
     model = retrofit(dense, core, options.loops)
+    recipe = recipe_of(options)
+    data = prepare_data(recipe, tokenizer)
+    validation = data.windows(plan(recipe, model.config)[-1])
     losses = {"before": evaluate(model, validation)}
     samples = {"dense model": write(model, tokenizer, 1), f"{options.loops} loops, before": write(model, tokenizer)}
+    if options.damping != 1:
+        damp(model, options.damping)
+        losses["damped"] = evaluate(model, validation)
     if options.distillation:
         distill(model, dense, options.distillation)
     began = time.monotonic()
-    tokens, losses["after"] = run(model, tokenizer, train, validation, options, folder)
+    tokens = train(model, tokenizer, recipe, data)
     minutes = (time.monotonic() - began) / 60
+    losses["after"] = evaluate(model, validation)
     samples["1 loop, after"] = write(model, tokenizer, 1)
     samples[f"{options.loops} loops, after"] = write(model, tokenizer)
     show(console, losses, samples)
     report = {
         "options": vars(options),
+        "recipe": recipe.model_dump(mode="json"),
         "core": [core.start, core.stop],
         "tokens": tokens,
         "minutes": minutes,
@@ -111,56 +125,67 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     )
 
 
-def read(sources: list[str], tokenizer: Any) -> tuple[EncodedCorpus, EncodedCorpus]:
-    """Training and validation text; of each source every 20th document is held out, and its beginning evaluated."""
-    train, held_out = [], []
-    for source in sources:
-        more, validation = split_documents(load_documents(source))
-        train += more
-        held_out += [document[:HELD_OUT_CHARACTERS] for document in validation]
-    return encode_documents(tokenizer, train), encode_documents(tokenizer, held_out)
+def recipe_of(options: Options) -> Recipe:
+    """One stage, or one for each number of loops; the steps or minutes are shared by their cost."""
+    counts = range(1, options.loops + 1) if options.grow else [options.loops]
+    budget, whole = ("minutes", options.minutes) if options.steps is None else ("steps", options.steps)
+    stages = []
+    for loops in counts:
+        share = whole * loops / sum(counts)
+        amount = share if budget == "minutes" else max(1, round(share))
+        stages.append({"name": f"loops-{loops}", "loops": loops, budget: amount})
+    values = {
+        "output": options.output,
+        "seed": options.seed,
+        "data": {
+            "sources": {public_name(text): {"location": text} for text in options.text},
+            "validation_every": HELD_OUT,
+        },
+        "model": {"pretrained": "smollm2"},
+        "defaults": {
+            "sequence_length": LENGTH,
+            "batch_tokens": LENGTH * options.batch_size,
+            "micro_batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": options.warmup_steps,
+            "final_learning_rate": options.learning_rate / 20,
+            "decay_fraction": 0.5,
+            "weight_decay": 0.0,
+            "exit_beta": 0.1,
+            "compile": options.compile,
+            "evaluations": 1,
+            "evaluation_loops": options.loops + 1,
+        },
+        "stages": stages,
+    }
+    return Recipe.validated(values, "retrofit_smollm2")
 
 
-def run(
-    model: OuroForCausalLM,
-    tokenizer: Any,
-    train: EncodedCorpus,
-    validation: EncodedCorpus,
-    options: Options,
-    folder: Path,
-) -> tuple[int, list[float]]:
-    """Train, in one stage or in one for each number of loops; tokens seen, and nats a token after loops 1..T + 1."""
-    windows, tokens = Windows(validation, LENGTH, keep_remainder=True), 0
-    stages = range(1, options.loops + 1) if options.grow else [options.loops]
-    shares = [loops / sum(stages) for loops in stages]
-
+def train(model: OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, data: Any) -> int:
+    """Run the stages of the recipe on the model; the tokens seen."""
+    folder, stages = Path(recipe.output), plan(recipe, model.config)
+    state = TrainingState(model, build_optimizer(model, stages[0].settings), stage=0)
     origin = "SmolLM2-135M-Instruct retrofitted and trained for minutes by an example of looplm."
 
     def save() -> None:
-        provenance = Provenance(origin, data=[public_name(source) for source in options.text])
+        provenance = Provenance(origin, data=list(recipe.data.sources))
         save_folder(folder / "model", lambda path: write_model(path, model, tokenizer, provenance))
 
-    for loops, share in zip(stages, shares, strict=True):
-        model.config.total_ut_steps = loops
-        settings = TrainingSettings(
-            steps=None if options.steps is None else max(1, round(options.steps * share)),
-            minutes=None if options.steps is not None else options.minutes * share,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            warmup_steps=options.warmup_steps,
-            decay_fraction=0.5,
-            weight_decay=0.0,
-            exit_beta=0.1,
-            autocast="bfloat16" if bf16_pays() else "none",
-            evaluations=1,
-            evaluation_loops=options.loops + 1,
-            compile="off",
-        )
-        batches = TrainingBatches(Windows(train, LENGTH), options.batch_size, options.seed + loops)
-        trainer = Trainer(model, batches, windows, validation.characters, settings, folder, save)
-        result = trainer.run()
-        tokens += result.tokens
-    return tokens, result.final.losses
+    with Tracker(folder) as tracker:
+        for before, stage in zip([None, *stages], stages, strict=False):
+            begin_stage(state, stage, before)
+            enter_stage(state, stage)
+            mixture = data.mixture(stage, recipe.seed)
+            Trainer(state, stage, mixture, data.windows(stage), recipe.seed, tracker, save).run()
+    return state.tokens
+
+
+@torch.no_grad()
+def damp(model: OuroForCausalLM, factor: float) -> None:
+    """Scale what the layers of the core add to the residual stream; with one loop it is no longer the dense model."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
 
 
 def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
@@ -184,17 +209,11 @@ def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
     model.register_forward_hook(add, with_kwargs=True)
 
 
-@functools.cache
-def bf16_pays() -> bool:
-    """Whether this machine multiplies faster in bf16; training and every evaluation then do."""
-    return choose_autocast("auto", torch.device("cpu"), 576)
-
-
-def evaluate(model: OuroForCausalLM, validation: EncodedCorpus) -> list[float]:
+def evaluate(model: OuroForCausalLM, validation: dict[str, Windows]) -> list[float]:
     """Nats a token after loops 1..T + 1."""
-    windows = Windows(validation, LENGTH, keep_remainder=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays()):
-        return evaluate_loops(model, windows, model.config.total_ut_steps + 1, 4, validation.characters).losses
+    bf16 = choose_autocast("auto", model.device, model.config.hidden_size)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return evaluate_loops(model, validation, model.config.total_ut_steps + 1, 4).losses
 
 
 def write(model: OuroForCausalLM, tokenizer: Any, loops: int | None = None) -> list[str]:

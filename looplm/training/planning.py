@@ -87,8 +87,6 @@ def plan(recipe: Recipe, config: OuroConfig) -> list[PlannedStage]:
         where = f"stages: {stage.name}"
         if stage.upcycle is not None:
             layers = _grown(stage, layers, where)
-        if stage.loops is not None and stage.loops > loops:
-            raise ValueError(f"{where}: loops is {stage.loops}, more than the {loops} before it: loops may only fall")
         loops, theta = stage.loops or loops, stage.rope_theta or theta
         _check_depth(stage, layers, loops, where)
         _check_sizes(stage, config.max_position_embeddings, where)

@@ -111,7 +111,7 @@ class StageDefaults(Section):
     """What a stage can override; in `defaults` it holds for every stage that does not."""
 
     loops: PositiveInt | None = None
-    """T from this stage on; as it is by default. It may fall from stage to stage, never rise."""
+    """T from this stage on; as it is by default. The paper lowers it from 8 to 4; a retrofit may raise it."""
     rope_theta: Positive | None = None
     """RoPE base from this stage on; as it is by default."""
     mixture: dict[str, Positive] | None = None

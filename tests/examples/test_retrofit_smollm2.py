@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from looplm.data.corpora import load_documents
 from small_gguf import small_llama
 from small_run import write_corpus
 
 import looplm
+from looplm.data.pipeline import Windows
+from looplm.data.shards import open_corpus
 from looplm.data.tokenizers import train_bpe
 from looplm.model.loading import load_model
 from looplm.model.retrofitting import retrofit
@@ -28,10 +29,11 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "retrofit_smollm2", module)
     spec.loader.exec_module(module)
-    tokenizer = train_bpe(load_documents(str(write_corpus(tmp_path / "corpus"))), 300)
+    tokenizer = train_bpe([path.read_text() for path in sorted(write_corpus(tmp_path / "corpus").iterdir())], 300)
     dense = small_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
     monkeypatch.setattr(module, "load_dense", lambda source: (dense, tokenizer))
     monkeypatch.setattr(module, "LENGTH", 32)
+    monkeypatch.setattr(module, "HELD_OUT", 6)
     monkeypatch.setattr(module, "PYTHON_DOCS", str(tmp_path / "not-installed"))
     module.dense = dense
     return module
@@ -40,11 +42,19 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def options(example: Any, folder: Path, **changes: Any) -> Any:
     text = [str(folder / "corpus"), example.PYTHON_DOCS]
     return example.Options(
-        **{"steps": 6, "output": str(folder / "out"), "text": text, "core": 2, "learning_rate": 1e-3, **changes}
+        **{
+            "steps": 6,
+            "output": str(folder / "out"),
+            "text": text,
+            "core": 2,
+            "learning_rate": 1e-3,
+            "compile": "off",
+            **changes,
+        }
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"grow": True, "distillation": 1.0}], ids=["plain", "grown-distilled"])
+@pytest.mark.parametrize("changes", [{}, {"grow": True, "distillation": 1.0, "damping": 0.5}], ids=["plain", "all"])
 def test_the_report_is_what_the_model_does(example, tmp_path, capsys, changes) -> None:
     example.main(options(example, tmp_path, **changes))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -57,10 +67,23 @@ def test_the_report_is_what_the_model_does(example, tmp_path, capsys, changes) -
     assert "is not there (apt install python3.11-doc)" in shown and f"{before[0]:.4f}" in shown
     looped, _ = load_model(str(tmp_path / "out" / "model"))
     assert looped.config.total_ut_steps == 3
-    _, validation = example.read([str(tmp_path / "corpus")], load_model(str(tmp_path / "out" / "model"))[1])
-    assert example.evaluate(looped, validation) == pytest.approx(after, abs=1e-3)
+    corpus = open_corpus(tmp_path / "out" / "data", "corpus").validation
+    windows = {"corpus": Windows(corpus, 32, keep_remainder=True)}
+    assert example.evaluate(looped, windows) == pytest.approx(after, abs=1e-3)
     texts = report["samples"]["dense model"]
     assert all(text.startswith(prompt) for text, prompt in zip(texts, example.PROMPTS, strict=True))
+
+
+@torch.no_grad()
+def test_damping_scales_what_a_loop_adds(example) -> None:
+    ids, states = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(0)), []
+    for factor in (1.0, 1e-3, 5e-4, 0.0):
+        looped = retrofit(example.dense, range(1, 3), 2)
+        example.damp(looped, factor)
+        states.append(looped(ids, output_hidden_states=True).hidden_states)
+    steps = [last - start for start, _, last in states]
+    assert steps[3].abs().max() == 0 and steps[0].norm() > 100 * steps[1].norm()
+    torch.testing.assert_close(steps[1], 2 * steps[2], rtol=0, atol=0.02 * float(steps[1].abs().max()))
 
 
 @torch.no_grad()
