@@ -35,7 +35,7 @@ from looplm.model.retrofitting import block_influence, choose_core, retrofit
 from looplm.model.saving import Provenance, require_new_folder, write_model
 from looplm.model.text import continue_text
 from looplm.training.acceleration import choose_autocast
-from looplm.training.evaluation import evaluate_loops
+from looplm.training.evaluation import LoopEvaluation, evaluate_loops
 from looplm.training.planning import plan
 from looplm.training.recipe import Recipe
 from looplm.training.run import begin_stage, enter_stage, prepare_data
@@ -167,8 +167,8 @@ def train(model: OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Re
     state = TrainingState(model, build_optimizer(model, stages[0].settings), stage=0)
     origin = "SmolLM2-135M-Instruct retrofitted and trained for minutes by an example of looplm."
 
-    def save() -> None:
-        provenance = Provenance(origin, data=list(recipe.data.sources))
+    def save(evaluation: LoopEvaluation) -> None:
+        provenance = Provenance(origin, list(recipe.data.sources), evaluation.losses, "held-out documents")
         save_folder(folder / "model", lambda path: write_model(path, model, tokenizer, provenance))
 
     with Tracker(folder) as tracker:

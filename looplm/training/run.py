@@ -17,6 +17,7 @@ Only upcycling makes new parameters, and so a new optimizer, which wants a warmu
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from looplm.files import save_folder, write_text
 from looplm.model.configuration import OuroConfig
 from looplm.model.loading import load_model
 from looplm.model.modeling import OuroForCausalLM
+from looplm.model.saving import Provenance, write_model
 from looplm.model.upcycling import upcycle
 from looplm.training.acceleration import check_compiler
 from looplm.training.checkpoint import Checkpoint, Checkpoints
@@ -301,12 +303,12 @@ def _run_stages(run: Run, views: Views, checkpoints: Checkpoints, stop: StopSign
             keeper.between_stages()
             if stage.settings.gate is not None:
                 run.results.append(run_gate_stage(state, stage, *view, recipe.seed, tracker))
-                save()
+                save(run.results[-1].final)
             else:
                 run.results.append(Trainer(state, stage, *view, recipe.seed, tracker, save, keeper).run())
             tracker.stage(asdict(run.results[-1]))
             if stage is not run.stages[-1]:
-                _saver(recipe, state, run.data, folder / stage.folder)()
+                _saver(recipe, state, run.data, folder / stage.folder)(run.results[-1].final)
         if state.stage == len(run.stages):
             state.stage, state.step = state.stage + 1, 0
             keeper.save(milestone=True)
@@ -317,12 +319,19 @@ def _say(text: str) -> None:
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _saver(recipe: Recipe, state: TrainingState, data: PreparedData, folder: Path) -> Callable[[], None]:
-    """Writes model, tokenizer and recipe to a folder, whole or not at all."""
+def _saver(recipe: Recipe, state: TrainingState, data: PreparedData, folder: Path) -> Callable[[LoopEvaluation], None]:
+    """Writes model, tokenizer, recipe and card to a folder, whole or not at all; the card tells the evaluation."""
 
-    def write(path: Path) -> None:
-        state.model.save_pretrained(path)
-        data.tokenizer.save_pretrained(path)
+    def write(evaluation: LoopEvaluation, path: Path) -> None:
+        stage = recipe.stages[state.stage - 1].name
+        whole = evaluation.bits_per_character is not None
+        provenance = Provenance(
+            f"Trained by looplm with the recipe in recipe.yaml; stage {state.stage} of {len(recipe.stages)}, {stage}.",
+            data=list(recipe.data.sources),
+            losses=evaluation.losses,
+            measured_on="held-out documents" if whole else "some of the held-out documents",
+        )
+        write_model(path, state.model, data.tokenizer, provenance)
         write_text(path / "recipe.yaml", recipe.to_yaml())
 
-    return lambda: save_folder(folder, write)
+    return lambda evaluation: save_folder(folder, partial(write, evaluation))

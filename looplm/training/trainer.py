@@ -69,7 +69,7 @@ class Trainer:
         validation: windows by source, made with `keep_remainder=True`.
         seed: the recipe's.
         tracker: takes the records.
-        save: writes the model folder; called at every evaluation.
+        save: writes the model folder; called with every evaluation.
         keeper: writes checkpoints, and goes back to them where the loss spikes; without one nothing is kept.
 
     Raises:
@@ -84,7 +84,7 @@ class Trainer:
         validation: Mapping[str, Windows],
         seed: int,
         tracker: Tracker,
-        save: Callable[[], None],
+        save: Callable[[LoopEvaluation], None],
         keeper: Keeper | None = None,
     ) -> None:
         self.state, self.stage, self.settings = state, stage, stage.settings
@@ -246,7 +246,7 @@ class Trainer:
         bar.note(f"{where}: validation loss by loop  " + "  ".join(f"{loss:.3f}" for loss in result.losses))
         for warning in state.health.after_evaluation(result, state.model.config.total_ut_steps):
             self._warn(warning, bar)
-        self.save()
+        self.save(result)
         return result
 
     def _warn(self, warning: str, bar: Progress) -> None:

@@ -203,6 +203,8 @@ def test_every_stage_boundary_leaves_a_model(staged):
         config = model.config
         shapes.append((config.num_hidden_layers, config.total_ut_steps, config.rope_theta, config.exit_beta))
         assert load_recipe(out / name / "recipe.yaml") == staged.recipe
+        card = (out / name / "README.md").read_text()
+        assert "Trained by looplm" in card and "## Loss by loop" in card and "held-out documents" in card
     assert shapes == [(2, 3, 1e4, 0.1), (4, 2, 1e4, 0.05), (4, 2, 4e4, 0.05), (4, 2, 4e4, 0.05)]
 
 

@@ -40,7 +40,7 @@ def planned(model, **settings) -> PlannedStage:
     return plan(Recipe.validated(recipe, "r"), model.config)[0]
 
 
-def make(folder: Path, model=None, save=lambda: None, **settings) -> Trainer:
+def make(folder: Path, model=None, save=lambda evaluation: None, **settings) -> Trainer:
     if model is None:
         torch.manual_seed(0)
         model = small_model()
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path):
 
 def test_a_diverged_model_is_not_saved(tmp_path):
     saved = []
-    trainer = make(tmp_path, steps=1, save=lambda: saved.append(1))
+    trainer = make(tmp_path, steps=1, save=saved.append)
     trainer.state.optimizer.register_step_post_hook(
         lambda *_: torch.nn.init.constant_(trainer.state.model.lm_head.weight, math.nan)
     )
