@@ -63,14 +63,16 @@ class Options:
     """layers that loop, chosen by block influence"""
     loops: int = 3
     """T"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """peak"""
-    warmup_steps: int = 10
+    warmup_steps: int = 5
     """steps until the peak"""
     grow: bool = False
     """train with 1 loop first, then 2 ... then T"""
     distillation: float = 0.0
     """weight of KL(dense || last loop), added to the Stage I loss"""
+    damping: float = 1.0
+    """factor of what the core's layers add to the state, at the start: 1/T makes T loops about one"""
     batch_size: int = 4
     """sequences of 256 tokens a step"""
     seed: int = 0
@@ -89,6 +91,9 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     model = retrofit(dense, core, options.loops)
     losses = {"before": evaluate(model, validation)}
     samples = {"dense model": write(model, tokenizer, 1), f"{options.loops} loops, before": write(model, tokenizer)}
+    if options.damping != 1:
+        damp(model, options.damping)
+        losses["damped"] = evaluate(model, validation)
     if options.distillation:
         distill(model, dense, options.distillation)
     began = time.monotonic()
@@ -161,6 +166,14 @@ def run(
         result = trainer.run()
         tokens += result.tokens
     return tokens, result.final.losses
+
+
+@torch.no_grad()
+def damp(model: OuroForCausalLM, factor: float) -> None:
+    """Scale what the layers of the core add to the residual stream; with one loop it is no longer the dense model."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
 
 
 def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:

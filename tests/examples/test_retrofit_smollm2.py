@@ -44,7 +44,7 @@ def options(example: Any, folder: Path, **changes: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"grow": True, "distillation": 1.0}], ids=["plain", "grown-distilled"])
+@pytest.mark.parametrize("changes", [{}, {"grow": True, "distillation": 1.0, "damping": 0.5}], ids=["plain", "all"])
 def test_the_report_is_what_the_model_does(example, tmp_path, capsys, changes) -> None:
     example.main(options(example, tmp_path, **changes))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -61,6 +61,18 @@ def test_the_report_is_what_the_model_does(example, tmp_path, capsys, changes) -
     assert example.evaluate(looped, validation) == pytest.approx(after, abs=1e-3)
     texts = report["samples"]["dense model"]
     assert all(text.startswith(prompt) for text, prompt in zip(texts, example.PROMPTS, strict=True))
+
+
+@torch.no_grad()
+def test_damping_scales_what_a_loop_adds(example) -> None:
+    ids, states = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(0)), []
+    for factor in (1.0, 1e-3, 5e-4, 0.0):
+        looped = retrofit(example.dense, range(1, 3), 2)
+        example.damp(looped, factor)
+        states.append(looped(ids, output_hidden_states=True).hidden_states)
+    steps = [last - start for start, _, last in states]
+    assert steps[3].abs().max() == 0 and steps[0].norm() > 100 * steps[1].norm()
+    torch.testing.assert_close(steps[1], 2 * steps[2], rtol=0, atol=0.02 * float(steps[1].abs().max()))
 
 
 @torch.no_grad()
