@@ -188,14 +188,6 @@ def damp(model: OuroForCausalLM, factor: float) -> None:
         layer.mlp.down_proj.weight.mul_(factor)
 
 
-@torch.no_grad()
-def damp(model: OuroForCausalLM, factor: float) -> None:
-    """Scale what the layers of the core add to the residual stream; with one loop it is no longer the dense model."""
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.mul_(factor)
-        layer.mlp.down_proj.weight.mul_(factor)
-
-
 def distill(model: OuroForCausalLM, dense: nn.Module, weight: float) -> None:
     """Add `weight` KL(dense || last loop), in nats a token, to the loss of every training pass."""
 

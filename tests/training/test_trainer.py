@@ -267,7 +267,7 @@ def test_metrics_are_valid_and_complete(tmp_path):
 def test_the_model_is_saved_at_every_evaluation(tmp_path):
     saved = []
     trainer = make(tmp_path, steps=8, evaluations=4)
-    trainer.save = lambda: saved.append(trainer.state.tokens // 96)
+    trainer.save = lambda evaluation: saved.append(trainer.state.tokens // 96)
     trainer.run()
     assert saved == [2, 4, 6, 8]
 
