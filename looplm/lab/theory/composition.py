@@ -1,7 +1,7 @@
 """A product of n group elements in ceil(log2 n) loops (Saunshi et al., theorem 5.1 and its algorithm 2).
 
-Input (#, g_1, ..., g_n), where # counts as the identity; causal mask. In loop l position i multiplies what two positions
-at or before it hold, g_i <- g_[2i-n-1]+ o g_[2i-n]+ with [x]+ = max(x, 0). Counted from the end, position n - j fetches
+Input (#, g_1, ..., g_n), where # counts as the identity; causal mask. In a loop position i multiplies what two earlier
+positions hold, g_i <- g_[2i-n-1]+ o g_[2i-n]+ with [x]+ = max(x, 0). Counted from the end, position n - j fetches
 n - 2j - 1 and n - 2j, so after l loops it holds the product of elements n - (j+1) 2^l + 1 to n - j 2^l, and position n
 holds all of them as soon as 2^l >= n. Nothing but the identity and associativity is used: any finite monoid will do.
 
@@ -150,7 +150,7 @@ def symmetric(points: int) -> Integers:
 
 def digits(numbers: Integers, count: int) -> Array:
     """Numbers (N,) in binary with `count` digits +-1, lowest first: (N, count)."""
-    return 2.0 * (numbers[:, None] >> np.arange(count) & 1) - 1
+    return (2 * (numbers[:, None] >> np.arange(count) & 1) - 1).astype(np.float64)
 
 
 def monoid(table: npt.ArrayLike) -> Integers:

@@ -6,7 +6,7 @@ Why this is not plain pointer doubling. Loop 1 copies the previous token and loo
 double, 2^(T-2) hops are reached in T loops, so p that is no power of two needs ceil(log2 p) + 2. The corollary says
 floor. It is right, because attention by content can take one more hop on the way: let each place be named by its token
 and its *ordinal* c, the number of times the token has occurred up to there. Then next(q) is the one key whose previous
-token is v_q with ordinal c(q) - 1. So a pointer to q is enough to attend to next(q) and to take the pointer stored there:
+token is v_q with ordinal c(q) - 1. So a pointer to q is enough to attend to next(q) and take the pointer stored there:
 
     jump   <- jump(next(jump))       0, 1, 3, 7, ... hops after loop 1, 2, 3, 4, ...: next^(2^(l-1) - 1) after loop l
     answer <- jump(next(answer))     in loop l, if bit l - 2 of p is set: 2^(l-2) more hops
@@ -25,7 +25,7 @@ from itertools import product
 import numpy as np
 
 from looplm.lab.theory.transformer import Array, Integers, Layer, LoopedTransformer, Report, Size, Statement, one_hot
-from looplm.lab.theory.wiring import Wiring, combine
+from looplm.lab.theory.wiring import Weight, Wiring, combine
 
 MATCH = 4.0
 """Score of an equal token; ordinal and recency terms together stay within +-1.5."""
@@ -39,10 +39,10 @@ def describe() -> Statement:
         name="hops",
         source="Saunshi et al., corollary 5.3",
         task="the token p induction hops back from position n, or bottom",
-        idea="places are named by token and ordinal, so a pointer that doubles takes one more hop by content: m to 2m + 1",
+        idea="places are named by token and ordinal, so a doubling pointer takes one more hop by content: m to 2m + 1",
         loops="floor(log2 p) + 2, for every p",
         mask="causal",
-        attention="three heads, uniform hard; ties in loop 1 only, where averaging over c tokens and a mark counts them",
+        attention="three heads, uniform hard; ties in loop 1 only: averaging over c tokens and a mark counts them",
         norm="none",
         precision="O(log n) bits: scores differ by at least (n + 2)^-4 or by one recency step; width does not grow",
     )
@@ -131,8 +131,11 @@ def _heads(wires: Wiring, alphabet: int, length: int) -> tuple[Layer, ...]:
     )
 
     def hop(pointer: str, marks: list[str], target: str, tally: Array) -> Layer:
-        counting = [("unmatched", "place", np.eye(alphabet, alphabet + 2)), *(("first", mark, 1.0) for mark in marks)]
-        hopping = [
+        counting: list[tuple[str, str, Weight]] = [
+            ("unmatched", "place", np.eye(alphabet, alphabet + 2)),
+            *(("first", mark, 1.0) for mark in marks),
+        ]
+        hopping: list[tuple[str, str, Weight]] = [
             (pointer, "key", meet),
             ("one", "key", peak),
             ("later", "bottom", MATCH),

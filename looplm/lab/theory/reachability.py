@@ -6,8 +6,8 @@ they reach (distances double), then the feed-forward network adds its edges of t
 holds every vertex within distance 2^(i-1) of j in the union, and possibly more.
 
 The appendix is wrong in two places, and the construction fails as printed (the tests keep both failures):
-- its query matrix [[0, 0], [0, I]] meets keys [[I, 0], [0, 0]], so every score is 0; the query must be [[0, I], [0, 0]],
-  which asks with the row for the vertex names;
+- its query matrix [[0, 0], [0, I]] never meets its key matrix [[I, 0], [0, 0]], so every score is 0; the query must be
+  [[0, I], [0, 0]], which asks with the row for the vertex names;
 - a vertex without out-edges scores 0 everywhere and so attends to everyone; with self-loops (a_jj = 1) in the input it
   attends to itself. Every vertex then reaches itself, as it should.
 

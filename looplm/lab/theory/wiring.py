@@ -51,7 +51,9 @@ class Wiring:
         for (source, target, weight), width, end in zip(moves, widths, np.cumsum(widths), strict=True):
             value[self.registers[source], end - width : end] = np.eye(width)
             output[end - width : end, self.registers[target]] = _matrix(weight, width, self.sizes[target])
-        return Layer((Head(query, key, value, output),), np.zeros((self.width, 0)), np.zeros(0), np.zeros((0, self.width)))
+        return Layer(
+            (Head(query, key, value, output),), np.zeros((self.width, 0)), np.zeros(0), np.zeros((0, self.width))
+        )
 
     def neurons(
         self, count: int, reads: Mapping[str, Weight], bias: Weight = 0.0, writes: Mapping[str, Weight] | None = None
@@ -74,9 +76,7 @@ class Wiring:
         """Neurons that write a register of any sign elsewhere: relu(x) - relu(-x), two a coordinate."""
         size = self.sizes[name]
         flipped = {target: -np.asarray(_matrix(weight, size, self.sizes[target])) for target, weight in writes.items()}
-        return combine(
-            self.neurons(size, {name: 1.0}, writes=writes), self.neurons(size, {name: -1.0}, writes=flipped)
-        )
+        return combine(self.neurons(size, {name: 1.0}, writes=writes), self.neurons(size, {name: -1.0}, writes=flipped))
 
     def _reads(self, count: int, reads: Mapping[str, Weight]) -> Array:
         inner = np.zeros((self.width, count))
