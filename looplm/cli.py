@@ -12,9 +12,10 @@ from typing import Any
 import tyro
 
 from looplm.commands.generating import generate
+from looplm.commands.lab import lab
 from looplm.commands.training import demo, train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate}
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "generate": generate, "lab": lab}
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

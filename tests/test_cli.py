@@ -112,6 +112,8 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
         (["train", "--help"], ["a YAML recipe", "--output"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
+        (["lab", "--help"], ["list", "Describe each task: what it asks"]),
+        (["lab", "list", "--help"], ["TASK", "--scale", "{laptop,paper}"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

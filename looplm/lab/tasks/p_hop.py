@@ -57,8 +57,8 @@ class PHop(DrawnTask[PHopSettings]):
 
     name = "p-hop"
     shows = (
-        "Follow a symbol to what came after its last occurrence, p times over: the loops a question needs grow with p "
-        "(Saunshi 2.1)."
+        "What came after a symbol's last occurrence, p times over; the claim: a layer looped is as good as that many "
+        "layers (Saunshi section 2.1)."
     )
     unit = "hops"
     Settings = PHopSettings
