@@ -116,7 +116,7 @@ class Task(ABC, Generic[S]):
 
     name: ClassVar[str]
     shows: ClassVar[str]
-    """One sentence: what it asks and what it shows, with the paper's section."""
+    """One sentence: what it asks and what is claimed of it, with the paper's section."""
     unit: ClassVar[str]
     """What difficulty counts."""
     separator: ClassVar[str] = " "
