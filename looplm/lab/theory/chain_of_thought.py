@@ -203,5 +203,9 @@ def verify(random: int = 2000, seed: int = 0) -> Report:
 
 
 def margin_of(original: LoopedTransformer) -> float:
-    """The least distance of two logits of a `random_transformer`: 2^-(8 L + 4), since its weights are quarters."""
-    return 2.0 ** -(8 * len(original.block) + 4)
+    """A margin for a `random_transformer`: 2^-(8 L + 4) since its weights are quarters, and 2^-12 for averages of ties.
+
+    Without ties the first factor is exact; with them it is not (8 of 102,400 instances failed), and the second leaves
+    room for one average of up to 64 keys per head. A closer call would be counted as a failure.
+    """
+    return 2.0 ** -(8 * len(original.block) + 16)
