@@ -168,9 +168,11 @@ def test_every_flipped_weight_of_the_block_is_noticed():
     generator, registers = np.random.default_rng(0), theory._registers(3).registers
     steps = generator.integers(1, 3, size=(30, 22)).cumsum(1) % 3
     mixed = np.concatenate([steps, generator.integers(3, size=(10, 22))])
-    to_bottom = np.array([[0, 0, 0, 1]])  # 1 has not occurred before; 0 would be stuck where it is
+    to_bottom = np.array(
+        [[0, 1, 1, 0]]
+    )  # one hop to the first 1, which leads to bottom; the second would lead to itself
     noticed: dict[tuple, bool] = {}
-    for hops in (8, 13):
+    for hops in (10, 13):
         for path, model in flips(build(3, 22, hops)):
             if path[0] == "block" and not noticed.get(path):
                 noticed[path] = any(wrong(model, v, hops, 3, 5) for v in (to_bottom, mixed))
