@@ -111,7 +111,6 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
     [
         (["--help"], ["demo", "train", "data", "generate", "The toolkit for looped language models"]),
         (["demo", "--help"], ["--minutes", "--output", "runs/demo"]),
-        (["train", "--help"], ["a YAML recipe", "--output"]),
         (["retrofit", "--help"], ["--core", "--choose", "--loops", "--text"]),
         (["upcycle", "--help"], ["--layers", "--arrangement", "--loops", "--text"]),
         (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
@@ -120,6 +119,8 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["data", "--help"], ["{prepare}", "a YAML recipe", "--workers", "--anew"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
         (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
+        (["lab", "--help"], ["list", "Describe each task: what it asks"]),
+        (["lab", "list", "--help"], ["TASK", "--scale", "{laptop,paper}"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):
