@@ -137,7 +137,7 @@ def test_size(layers, vocabulary):
 
 def test_bad_settings_are_refused():
     original = random_transformer(np.random.default_rng(0), 1, 4)
-    with pytest.raises(ValueError, match=r"margin is 0\.0"):
+    with pytest.raises(ValueError, match=r"margin is 0\.0; it must be positive and finite"):
         build(original, 0.0)
     with pytest.raises(ValueError, match="causal, without norm, and read out one logit a token"):
         build(replace(original, readout=original.readout[:, :2]), 1.0)
