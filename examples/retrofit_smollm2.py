@@ -71,7 +71,7 @@ class Options:
     """train with 1 loop first, then 2 ... then T"""
     distillation: float = 0.0
     """weight of KL(dense || last loop), added to the Stage I loss"""
-    damping: float = 1.0
+    damping: float = 1 / 3
     """factor of what the core's layers add to the state, at the start: 1/T makes T loops about one"""
     batch_size: int = 4
     """sequences of 256 tokens a step"""
