@@ -1,0 +1,1 @@
+"""The lab: the papers' controlled experiments, and their proofs as running weights."""
