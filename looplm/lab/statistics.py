@@ -3,8 +3,8 @@
 Runs come in few seeds. With n of them the bootstrap has C(2n - 1, n) different resamples (6,435 for 8), so they are all
 listed, each with its multinomial weight: no random numbers, the same answer every time.
 
-Percentile intervals of so few values are too narrow (they cover 84 % instead of 95 % at n = 5). They are widened to those
-of a t statistic: the percentile at tail a is read at a' = Phi(sqrt(n / (n - 1)) t_{n-1}^{-1}(a)) instead (Hesterberg,
+Percentile intervals of so few values are too narrow (they cover 84 % instead of 95 % at n = 5). They are widened to
+those of a t statistic: the percentile at tail a is read at Phi(sqrt(n / (n - 1)) t_{n-1}^{-1}(a)) instead (Hesterberg,
 What Teachers Should Know About the Bootstrap, 2015, section 2). p-values invert the same interval. A tail that no
 resample reaches counts as that of the rarest one, n^-n, so that no p-value is smaller than the seeds can carry: .019
 for 5, .0008 for 8.
@@ -113,7 +113,7 @@ def t_cdf(t: float, degrees: int) -> float:
 
 
 def _widened(tail: float, n: int) -> float:
-    """a', where the percentile is read for the tail `a` below one half."""
+    """Where the percentile is read for a tail below one half."""
     low, high = -1e3, 0.0
     for _ in range(200):
         middle = (low + high) / 2

@@ -1,0 +1,160 @@
+"""The ledger for people: claims.md with a figure a claim, claims.json with every number, and a table on screen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from looplm.files import write_json, write_text
+from looplm.lab.claims import Claim, Side
+from looplm.lab.figures import dot_chart
+from looplm.lab.ledger import Entry, Finding, Runs, strangers, values
+
+
+def ledger_table(entries: Sequence[Entry]) -> Table:
+    """One row a claim."""
+    table = Table(title="claims")
+    for heading in ("", "claim", "paper", "seeds", "verdict", "because"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        claim, verdict = entry.claim, entry.verdict + (" (exploratory)" if entry.exploratory else "")
+        reason = "; ".join(part for part in (entry.because, entry.exploratory) if part)
+        table.add_row(claim.number, claim.name, claim.paper, _seeds(entry), verdict, reason)
+    return table
+
+
+def write_ledger(entries: Sequence[Entry], runs: Runs, folder: Path, command: str) -> None:
+    """claims.md, claims.json and claim-NAME.svg; figures of claims without runs are removed."""
+    figures = {entry.claim.name: _figure(entry, runs) for entry in entries}
+    for name, drawing in figures.items():
+        path = folder / f"claim-{name}.svg"
+        if drawing:
+            write_text(path, drawing)
+        else:
+            path.unlink(missing_ok=True)
+    shown = {name for name, drawing in figures.items() if drawing}
+    unknown = strangers(entries, runs)
+    write_text(folder / "claims.md", _page(entries, shown, unknown, command))
+    total = sum(max(row["flops"] for row in rows) for rows in runs.values())
+    plain = [_plain(entry) for entry in entries]
+    head = {"command": command, "runs": len(runs), "flops": total, "runs_of_no_claim": unknown}
+    write_json(folder / "claims.json", {**head, "claims": plain})
+
+
+def _figure(entry: Entry, runs: Runs) -> str:
+    """Every side of the contrasts, read as the contrasts read it, every seed a dot."""
+    claim, groups = entry.claim, {}
+    if entry.rates:
+        sides: list[Side] = [side for c in claim.contrasts for side in (c.left, c.right)]
+        groups = {side.label: values(claim, side, entry.rates, runs) for side in sides}
+    units = {"score": "share of exact matches", "loss": "nats a graded target"}
+    return dot_chart(groups, f"{claim.number} {claim.name}", units.get(claim.reading.measure, "mean exit probability"))
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    claim = entry.claim
+    return {
+        "number": claim.number,
+        "claim": claim.name,
+        "statement": claim.statement,
+        "paper": claim.paper,
+        "command": f"looplm lab claims --only {claim.name}",
+        "scale": claim.settings.get("scale", "laptop"),
+        "verdict": entry.verdict,
+        "because": entry.because,
+        "exploratory": entry.exploratory,
+        "seeds": claim.seeds if claim.waiting is None else [],
+        "learning_rates": entry.rates,
+        "runs": entry.runs,
+        "runs_missing": entry.missing,
+        "flops": entry.flops,
+        "contrasts": [_plain_finding(finding) for finding in entry.findings],
+    }
+
+
+def _plain_finding(finding: Finding) -> dict[str, Any]:
+    contrast = finding.contrast
+    return {
+        "contrast": contrast.label,
+        "kind": contrast.kind,
+        "margin": contrast.margin,
+        "value": finding.mean,
+        "interval": None if finding.low is None else [finding.low, finding.high],
+        "p": finding.p if finding.mean is not None else None,
+        "p_holm": finding.adjusted if finding.mean is not None else None,
+        "outcome": finding.outcome if finding.mean is not None else "not run yet",
+        "left": finding.left,
+        "right": finding.right,
+    }
+
+
+def _page(entries: Sequence[Entry], shown: set[str], unknown: int, command: str) -> str:
+    contrasts = sum(len(entry.findings) for entry in entries)
+    lines = [
+        "# Claims",
+        "",
+        f"Made by `{command}`; do not edit. The claims, with arms, seeds and margins, stand in "
+        "`looplm/lab/claims.yaml`; how they are judged is told in [docs/lab.md](../lab.md). Intervals are 95 % by "
+        f"bootstrap over seeds, p-values are corrected by Holm over all {contrasts} contrasts of the ledger. "
+        "A difference is left minus right, paired by seed.",
+        "",
+        "| | claim | paper | seeds | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        verdict = entry.verdict + (" (exploratory)" if entry.exploratory else "")
+        claim = entry.claim
+        lines.append(
+            f"| {claim.number} | [{claim.name}](#{_anchor(claim)}) | {claim.paper} | {_seeds(entry)} | {verdict} |"
+        )
+    spent = sum(entry.flops for entry in entries)
+    lines += ["", f"Compute of all runs shown: {spent:.2e} FLOPs in {sum(entry.runs for entry in entries)} runs."]
+    if unknown:
+        lines += [
+            "",
+            f"**{unknown} runs in the results belong to no claim as it now stands: it was edited after they ran.**",
+        ]
+    for entry in entries:
+        lines += ["", *_section(entry, entry.claim.name in shown)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(entry: Entry, figure: bool) -> list[str]:
+    claim = entry.claim
+    lines = [f"## {claim.number} {claim.name}", "", f"{claim.statement} ({claim.paper})", ""]
+    lines.append(f"**{entry.verdict}**" + (f": {entry.because}" if entry.because else "") + ".")
+    if entry.exploratory:
+        lines += ["", f"Exploratory: {entry.exploratory}."]
+    if claim.waiting is not None:
+        return lines
+    if figure:
+        lines += ["", f"![every seed of {claim.name}](claim-{claim.name}.svg)"]
+    lines += [
+        "",
+        "| contrast | margin | difference | 95 % interval | p (Holm) | outcome |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_row(finding) for finding in entry.findings]
+    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in entry.rates.items()) or "to be swept"
+    lines += ["", f"Learning rates: {rates}. {entry.runs} runs, {entry.flops:.2e} FLOPs, the sweep included."]
+    return lines
+
+
+def _row(finding: Finding) -> str:
+    contrast = finding.contrast
+    margin = f"above {contrast.margin:g}" if contrast.kind == "greater" else f"within {contrast.margin:g}"
+    if finding.mean is None:
+        return f"| {contrast.label} | {margin} | | | | not run yet |"
+    where = f"{finding.low:+.3f} to {finding.high:+.3f}"
+    return (
+        f"| {contrast.label} | {margin} | {finding.mean:+.3f} | {where} | {finding.adjusted:.2g} | {finding.outcome} |"
+    )
+
+
+def _seeds(entry: Entry) -> str:
+    return str(len(entry.claim.seeds)) if entry.claim.waiting is None else ""
+
+
+def _anchor(claim: Claim) -> str:
+    return f"{claim.number}-{claim.name}"
