@@ -15,6 +15,7 @@ from looplm.commands.converting import retrofit
 from looplm.commands.data import data
 from looplm.commands.generating import generate
 from looplm.commands.inspecting import trace
+from looplm.commands.lab import lab
 from looplm.commands.training import demo, train
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "convert": convert,
     "verify": verify,
+    "lab": lab,
 }
 
 ENVIRONMENT = {

@@ -54,7 +54,8 @@ class Assignment(DrawnTask[AssignmentSettings]):
 
     name = "assignment"
     shows = (
-        "The value of a variable behind d copies: the reasoning primitive that looping helps most (Saunshi section 3)."
+        "The value of a variable behind d copies; the claim: looping helps such primitives of reasoning most (Saunshi "
+        "section 3)."
     )
     unit = "copies"
     separator = ""

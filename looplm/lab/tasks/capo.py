@@ -135,9 +135,7 @@ class Capo(Task[CapoSettings]):
     """Biographies to be learnt by heart."""
 
     name = "capo"
-    shows = (
-        "Biographies learnt by heart: looping adds no capacity, about 2 bits a parameter either way (Ouro section 6.1)."
-    )
+    shows = "Biographies learnt by heart; the claim: with or without loops a parameter holds about 2 bits (Ouro section 6.1)."
     unit = "records"
     Settings = CapoSettings
 

@@ -53,9 +53,7 @@ class Group(DrawnTask[GroupSettings]):
     """Products in a finite group."""
 
     name = "group"
-    shows = (
-        "The product of n group elements: log2 n loops suffice, since products double in length (Saunshi theorem 5.1)."
-    )
+    shows = "The product of n group elements; the claim: log2 n loops of one layer suffice (Saunshi theorem 5.1)."
     unit = "elements"
     Settings = GroupSettings
 

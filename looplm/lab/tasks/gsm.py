@@ -80,7 +80,8 @@ class SymbolicGSM(DrawnTask[SymbolicGSMSettings]):
 
     name = "gsm"
     shows = (
-        "Word problems in symbols, statements shuffled, modulo p: depth by looping solves as deep ones (Saunshi 2.1)."
+        "Word problems in symbols, in shuffled order, modulo p; the claim: accuracy follows depth, looped or not "
+        "(Saunshi section 2.1)."
     )
     unit = "depth"
     Settings = SymbolicGSMSettings

@@ -58,8 +58,8 @@ class Mano(DrawnTask[ManoSettings]):
 
     name = "mano"
     shows = (
-        "Arithmetic modulo p in prefix order without intermediate steps: looping composes facts that the weights hold "
-        "(Ouro section 6.2)."
+        "Prefix arithmetic modulo p without intermediate steps; the claim: looping composes what the weights know better "
+        "than parameters do (Ouro section 6.2)."
     )
     unit = "operators"
     Settings = ManoSettings

@@ -80,7 +80,10 @@ class MultiHop(Task[MultiHopSettings]):
     """Questions that compose facts."""
 
     name = "multi-hop"
-    shows = "Who is the r2 of the r1 of e: looped models compose facts from fewer examples (Ouro section 6.2)."
+    shows = (
+        "Questions that compose facts learnt by heart; the claim: looped models need fewer examples to answer new ones "
+        "(Ouro section 6.2)."
+    )
     unit = "hops"
     Settings = MultiHopSettings
 

@@ -57,8 +57,8 @@ class PHop(DrawnTask[PHopSettings]):
 
     name = "p-hop"
     shows = (
-        "Follow a symbol to what came after its last occurrence, p times over: the loops a question needs grow with p "
-        "(Saunshi 2.1)."
+        "What came after a symbol's last occurrence, p times over; the claim: a layer looped is as good as that many "
+        "layers (Saunshi section 2.1)."
     )
     unit = "hops"
     Settings = PHopSettings
@@ -111,12 +111,12 @@ def forced(draws: Draws, rows: int, p: int, length: int, symbols: int) -> Intege
     walk = walks(draws, rows, p + 1, symbols)  # s_0, ..., s_p
     slots = np.sort(draws.order(rows, length - 1 - p)[:, :p], axis=1)
     starts = slots + np.arange(p)  # of the pairs, from left to right: hop p, ..., hop 1
-    places = np.arange(length)
-    begun = (starts[:, None, :] <= places[:, None]).sum(axis=2)
+    begun = np.zeros((rows, length), np.int64)
+    np.put_along_axis(begun, starts, 1, axis=1)
+    begun = begun.cumsum(axis=1)
     sought = np.take_along_axis(walk, np.minimum(p - begun, p), axis=1)
-    free = draws.integers(symbols, rows, length)
     others = (sought + 1 + draws.integers(symbols - 1, rows, length)) % symbols
-    sequence = np.where(begun == 0, free, others)
+    sequence = np.where(begun == 0, draws.integers(symbols, rows, length), others)
     np.put_along_axis(sequence, starts, walk[:, p - 1 :: -1], axis=1)
     np.put_along_axis(sequence, starts + 1, walk[:, :0:-1], axis=1)
     sequence[:, -1] = walk[:, 0]
@@ -153,7 +153,7 @@ def find(symbols: Integers, alphabet: int, hops: Integers, places: Integers) -> 
 
 def renamed(symbols: Integers, alphabet: int) -> Integers:
     """The sequences with their symbols renamed 0, 1, ... in the order in which they first appear."""
-    present = symbols[:, :, None] == np.arange(alphabet)
-    first = np.where(present.any(axis=1), present.argmax(axis=1), symbols.shape[1])
+    here = [symbols == symbol for symbol in range(alphabet)]
+    first = np.stack([np.where(at.any(axis=1), at.argmax(axis=1), symbols.shape[1]) for at in here], axis=1)
     names = np.argsort(np.argsort(first, axis=1, kind="stable"), axis=1, kind="stable")
     return np.take_along_axis(names, symbols, axis=1)

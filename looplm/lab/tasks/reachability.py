@@ -51,7 +51,7 @@ class Reachability(DrawnTask[ReachabilitySettings]):
     """The root of a node's tree."""
 
     name = "reachability"
-    shows = "The root above a node in a shuffled forest: loops square the known paths (Ouro section 6.3, theorem 1)."
+    shows = "The root above a node in a forest; the claim: log2 of the depth in loops suffices (Ouro section 6.3)."
     unit = "edges to the root"
     Settings = ReachabilitySettings
 

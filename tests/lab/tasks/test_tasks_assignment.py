@@ -16,7 +16,7 @@ def read(item):
     for statement in statements:
         name, said = statement.split("=")
         assert name not in values
-        values[name] = values[said] if said in values else said
+        values[name] = values.get(said, said)
         depths[name] = depths[said] + 1 if said in depths else 0
     name, mark = question.split("=")
     assert mark == "?"

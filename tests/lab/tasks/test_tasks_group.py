@@ -88,6 +88,5 @@ def test_unknown_groups(name):
 
 def test_a_group_too_small_to_hold_anything_out():
     task = make_task("group", group="Z2", levels=(4,), test_levels=(4,))
-    with pytest.raises(ValueError, match="^group: no (validation|test) items with elements 4 were found"):
-        for split in ("validation", "test"):
-            task.batch(0, 0, 1, split)
+    with pytest.raises(ValueError, match=r"^group: no (validation|test) items with elements 4 were found"):
+        [task.batch(0, 0, 1, split) for split in ("validation", "test")]

@@ -44,7 +44,7 @@ def test_answers(scale, split):
         value, _, parts = solve(item, task.settings.modulus)
         assert only(item.answers) == (len(item.words) - 1, str(value))
         largest = {}
-        for place, value, _, operators, end in parts:
+        for _, value, _, operators, end in parts:
             if operators > largest.get(end, (0, 0))[0]:
                 largest[end] = (operators, value)
         dense = {2 + end: str(value) for end, (_, value) in largest.items()} if task.settings.dense else {}

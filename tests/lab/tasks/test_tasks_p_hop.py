@@ -1,8 +1,10 @@
 """p-hop induction against its definition, read off the symbols alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from task_rows import items, only
 
@@ -44,7 +46,7 @@ def test_forced_hops_never_stay(symbols, p):
     task = make_task("p-hop", "paper", symbols=symbols, levels=(p,), test_levels=(p,), symbols_a_row=2 * p + 20)
     for item in items(task, size=32):
         chain = [find_p(item.words, len(item.words), hops) for hops in range(p + 1)]
-        assert all(later > earlier >= 2 for later, earlier in zip(chain, chain[1:], strict=False))
+        assert all(later > earlier >= 2 for later, earlier in pairwise(chain))
 
 
 def test_by_hand():
@@ -66,7 +68,7 @@ def test_dense_rows_repeat_no_symbol():
     task = make_task("p-hop", levels=(1, 8), test_levels=(8,), symbols_a_row=64)
     for item in items(task, size=128):
         _, v = read(task, item)
-        assert all(a != b for a, b in zip(v, v[1:], strict=False))
+        assert all(a != b for a, b in pairwise(v))
 
 
 @pytest.mark.parametrize("dense", [True, False])
