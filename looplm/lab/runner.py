@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import queue
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +26,16 @@ _reports: Any = None
 """The queue of a worker process to its parent: numbers of steps done."""
 
 
-def run_all(runs: Iterable[RunSettings], folder: Path, workers: int = 2) -> pa.Table:
+def run_all(
+    runs: Iterable[RunSettings], folder: Path, workers: int = 2, begin: Callable[[Path], None] = lambda folder: None
+) -> pa.Table:
     """Finish runs and give all rows of the folder.
 
     Args:
         runs: those with the same settings count once.
         folder: of the results file.
         workers: processes; 1 where other work needs the other core.
+        begin: called with the folder before the first run, when all settings have been found to be possible.
 
     Raises:
         ValueError: settings that cannot be (told before any run begins), fewer than 1 worker, or a folder that
@@ -51,6 +54,7 @@ def run_all(runs: Iterable[RunSettings], folder: Path, workers: int = 2) -> pa.T
     if not missing:
         return table
     with locked(folder):
+        begin(folder)
         return _run_missing(missing, table, folder, min(workers, len(missing)))
 
 

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,12 +209,15 @@ class Grid(Section):
                 raise ValueError(f"vary names {name!r}; choose settings of a run other than seed")
         return self
 
-    def runs(self) -> Iterator[RunSettings]:
-        """All runs. Raises ValueError for a combination that cannot be."""
+    def arms(self) -> dict[str, RunSettings]:
+        """Settings by what is particular about them. Raises ValueError for a combination that cannot be."""
+        found = {}
         for values in itertools.product(*self.vary.values()):
-            settings = self.settings.changed(**dict(zip(self.vary, values, strict=True)))
-            for seed in range(1, self.seeds + 1):
-                yield settings.changed(seed=seed)
+            changes = dict(zip(self.vary, values, strict=True))
+            name = ", ".join(f"{name} {value}" for name, value in changes.items())
+            settings = self.settings.changed(**changes)
+            found[name or settings.shape] = settings
+        return found
 
 
 def load_grid(path: Path) -> Grid:
