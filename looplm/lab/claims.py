@@ -23,8 +23,9 @@ from looplm.settings import NotNegative, Positive, Section
 FILE = Path(__file__).with_name("claims.yaml")
 SHAPE = {"layers", "loops", "width", "feed_forward", "steps"}
 PAIRED = set("task scale task_settings batch seed split evaluations evaluation_items learning_rate".split())
-QUICK_SEEDS = 3
+FEWEST, QUICK_SEEDS = 5, 3
 
+Measure = Literal["score", "loss", "exit_probability", "bits_per_parameter"]
 Arms = dict[tuple[str, str], RunSettings]
 """Settings by arm and condition; learning rate and seed are still to be put in."""
 
@@ -32,8 +33,8 @@ Arms = dict[tuple[str, str], RunSettings]
 class Reading(Section):
     """A number of a run."""
 
-    measure: Literal["score", "loss", "exit_probability"] = "score"
-    """Share of exact matches, nats a graded target, or the mean probability of exiting after the loop."""
+    measure: Measure = "score"
+    """Share of exact matches, nats a graded target, mean probability of exiting after the loop, or Capo's R."""
     loop: Annotated[int, Field(ge=1)] | Literal["last"] = "last"
     """The loop read; `last` is the last one trained."""
     difficulty: int | None = None
@@ -47,7 +48,7 @@ class Side(Section):
 
     arm: str
     condition: str = ""
-    measure: Literal["score", "loss", "exit_probability"] | None = None
+    measure: Measure | None = None
     loop: Annotated[int, Field(ge=1)] | Literal["last"] | None = None
     difficulty: int | None = None
     step: Annotated[int, Field(ge=1)] | None = None
@@ -109,10 +110,10 @@ class Claim(Section):
     """Settings besides the shape and the steps that arms may change, where the claim is about them."""
     conditions: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"": {}}  # noqa: RUF012 - frozen
     """Settings of the task that all arms are run under, by name."""
-    learning_rates: Annotated[list[Positive], Field(min_length=1)]
+    learning_rates: list[Positive] = Field(default_factory=list)
     """Swept for each arm under the first condition; a single one is not swept."""
     sweep_seed: Seed = 0
-    seeds: Annotated[list[Seed], Field(min_length=5, max_length=MOST)]
+    seeds: Annotated[list[Seed], Field(max_length=MOST)] = Field(default_factory=list)
     reading: Reading = Reading()
     contrasts: list[Contrast] = Field(default_factory=list)
     testable: Testable | None = None
@@ -123,8 +124,8 @@ class Claim(Section):
     def _evidence(self) -> "Claim":
         if self.waiting is not None:
             return self
-        if not self.contrasts:
-            raise ValueError(f"claim {self.name} has no contrasts")
+        if not (self.contrasts and self.learning_rates and len(self.seeds) >= FEWEST):
+            raise ValueError(f"claim {self.name} needs contrasts, learning_rates and at least {FEWEST} seeds")
         if len({self.sweep_seed, *self.seeds}) <= len(self.seeds):
             raise ValueError(f"claim {self.name}: seeds must differ, from sweep_seed {self.sweep_seed} as well")
         unfair = sorted(set(self.varies) & PAIRED)

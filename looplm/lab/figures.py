@@ -21,7 +21,7 @@ COLOURS = (
     ("#5b6069", "#a2a6ae"),
 )
 """On light and on dark pages; series beyond them begin again."""
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 52, 392, 46, 292
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 52, 392, 56, 302
 """The drawing, and where its data stand."""
 _ROW = 34
 

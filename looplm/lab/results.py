@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),  # share of exact matches
         ("loss", pa.float64()),  # nats a graded target
         ("exit_probability", pa.float64()),  # mean p_t at graded targets; missing beyond the trained loops
+        ("bits_per_parameter", pa.float64()),  # of Capo
     ]
 )
 _COLUMNS = ("task", "layers", "loops", "width", "objective", "learning_rate", "seed")

@@ -7,7 +7,7 @@ Percentile intervals of so few values are too narrow (they cover 84 % instead of
 those of a t statistic: the percentile at tail a is read at Phi(sqrt(n / (n - 1)) t_{n-1}^{-1}(a)) instead (Hesterberg,
 What Teachers Should Know About the Bootstrap, 2015, section 2). p-values invert the same interval. A tail that no
 resample reaches counts as that of the rarest one, n^-n, so that no p-value is smaller than the seeds can carry: .019
-for 5, .0008 for 8.
+for 5, .0008 for 8. (Fewer than 5 carry no 95 %: their interval ends with the data, and only p tells.)
 """
 
 import itertools

@@ -17,6 +17,7 @@ from torch.nn.init import constant_, normal_
 from looplm.exits import exit_probabilities
 from looplm.lab.settings import RunSettings, flops
 from looplm.lab.tasks import Batch, Task
+from looplm.lab.tasks.capo import Capo
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.acceleration import compile_layers
 from looplm.training.gradients import accumulate
@@ -113,42 +114,40 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def evaluate(model: OuroForCausalLM, settings: RunSettings, task: Task) -> Iterator[Row]:
-    """Score, loss and exit probability of held-out items by loop and difficulty.
+    """Score, loss and exit probability of held-out items by loop and difficulty; of Capo, bits a parameter.
 
     The exit distribution is that of the loops trained, whatever is scored (equation 3), so it is missing beyond.
     """
-    trained, loops = settings.loops, settings.evaluation_loops or settings.loops
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    found: list[dict[str, np.ndarray]] = []
     for index in range(math.ceil(settings.evaluation_items / settings.batch)):
         batch = task.batch(settings.seed, index, settings.batch, settings.split)
-        found.append((batch["difficulty"], *_answers(model, task, batch, max(loops, trained), trained)))
-    difficulty, right, loss, mass = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    for level in np.unique(difficulty):
-        here = difficulty == level
-        for loop in range(1, loops + 1):
-            yield {
-                "loop": loop,
-                "difficulty": int(level),
-                "items": int(here.sum()),
-                "score": float(right[here, loop - 1].mean()),
-                "loss": float(loss[here, loop - 1].mean()),
-                "exit_probability": float(mass[here, loop - 1].mean()) if loop <= trained else None,
-            }
+        found.append({"difficulty": batch["difficulty"], **_answers(model, settings, task, batch)})
+    whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    parameters = sum(p.numel() for p in model.parameters())
+    for level in np.unique(whole["difficulty"]):
+        here = whole["difficulty"] == level
+        mean = {name: array[here].mean(axis=0) for name, array in whole.items()}
+        for loop in range(1, (settings.evaluation_loops or settings.loops) + 1):
+            row = {"loop": loop, "difficulty": int(level), "items": int(here.sum())}
+            row |= {name: float(mean[name][loop - 1]) for name in ("score", "loss")}
+            row["exit_probability"] = float(mean["mass"][loop - 1]) if loop <= settings.loops else None
+            if isinstance(task, Capo):
+                bits = task.bits(float(mean["name_nats"][loop - 1]), float(mean["nats"][loop - 1]))
+                row["bits_per_parameter"] = bits / parameters
+            yield row
 
 
-def _answers(
-    model: OuroForCausalLM, task: Task, batch: Batch, loops: int, trained: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row and loop: right or not (B, loops), mean loss of the graded targets, and mean exit mass (B, T).
+def _answers(model: OuroForCausalLM, settings: RunSettings, task: Task, batch: Batch) -> dict[str, np.ndarray]:
+    """Of each row and loop (B, loops): exact match, mean loss and sum of losses of graded targets, and exit mass (B, T).
 
     Gradients stay on: the compiled layers of training serve as they are. Nothing is kept of the graph.
     """
-    inputs = tensors(batch)
+    inputs, trained = tensors(batch), settings.loops
     out = model(
         inputs["input_ids"],
         shift_labels=inputs["labels"],
         position_ids=inputs["position_ids"],
-        num_loop_steps=loops,
+        num_loop_steps=max(settings.evaluation_loops or trained, trained),
         skip_logits=True,
         output_hidden_states=True,
     )
@@ -156,6 +155,10 @@ def _answers(
     count = graded.sum(1).clamp(min=1)
     with torch.no_grad():
         right = [task.score(model.lm_head(state).argmax(-1).numpy(), batch) for state in out.hidden_states[1:]]
-        loss = (out.token_losses * graded).sum(1) / count
+        nats = (out.token_losses * graded).sum(1)
         mass = (exit_probabilities(out.gate_logits[..., :trained]) * graded).sum(1) / count
-    return np.stack(right, axis=1), loss.numpy(), mass.numpy()
+        found = {"score": np.stack(right, axis=1), "loss": (nats / count).numpy(), "mass": mass.numpy()}
+        if "names" in batch:
+            names = torch.from_numpy(batch["names"])[..., None]
+            found |= {"nats": nats.numpy(), "name_nats": (out.token_losses * names).sum(1).numpy()}
+    return found
