@@ -128,7 +128,7 @@ def evaluate(model: OuroForCausalLM, settings: RunSettings, task: Task) -> Itera
         here = whole["difficulty"] == level
         mean = {name: array[here].mean(axis=0) for name, array in whole.items()}
         for loop in range(1, (settings.evaluation_loops or settings.loops) + 1):
-            row = {"loop": loop, "difficulty": int(level), "items": int(here.sum())}
+            row: Row = {"loop": loop, "difficulty": int(level), "items": int(here.sum())}
             row |= {name: float(mean[name][loop - 1]) for name in ("score", "loss")}
             row["exit_probability"] = float(mean["mass"][loop - 1]) if loop <= settings.loops else None
             if isinstance(task, Capo):
@@ -138,7 +138,7 @@ def evaluate(model: OuroForCausalLM, settings: RunSettings, task: Task) -> Itera
 
 
 def _answers(model: OuroForCausalLM, settings: RunSettings, task: Task, batch: Batch) -> dict[str, np.ndarray]:
-    """Of each row and loop (B, loops): exact match, mean loss and sum of losses of graded targets, and exit mass (B, T).
+    """Of each row and loop (B, loops): exact match, mean and sum of the losses of graded targets; exit mass (B, T).
 
     Gradients stay on: the compiled layers of training serve as they are. Nothing is kept of the graph.
     """
