@@ -40,8 +40,8 @@ class Addition(DrawnTask[AdditionSettings]):
 
     name = "addition"
     shows = (
-        "The sum of n numbers in one go; the claim: a layer looped is nearly as good as that many layers, also for more "
-        "operands than were trained (Saunshi section 2.1)."
+        "The sum of n numbers in one go; the claim: a layer looped is nearly as good as that many layers, also for "
+        "more operands than were trained (Saunshi section 2.1)."
     )
     unit = "operands"
     separator = ""

@@ -8,6 +8,7 @@ gives the same losses.
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NotRequired, Self, TypedDict, TypeVar, cast
 
@@ -115,7 +116,7 @@ class Task(ABC, Generic[S]):
 
     name: ClassVar[str]
     shows: ClassVar[str]
-    """One sentence: what it asks and what it shows, with the paper's section."""
+    """One sentence: what it asks and what is claimed of it, with the paper's section."""
     unit: ClassVar[str]
     """What difficulty counts."""
     separator: ClassVar[str] = " "
@@ -258,7 +259,7 @@ class DrawnTask(Task[L], ABC, Generic[L]):
         )
 
 
-def nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that was probably meant."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"

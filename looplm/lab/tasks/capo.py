@@ -135,7 +135,10 @@ class Capo(Task[CapoSettings]):
     """Biographies to be learnt by heart."""
 
     name = "capo"
-    shows = "Biographies learnt by heart; the claim: with or without loops a parameter holds about 2 bits (Ouro section 6.1)."
+    shows = (
+        "Biographies learnt by heart; the claim: a parameter holds about 2 bits, with or without loops (Ouro section "
+        "6.1)."
+    )
     unit = "records"
     Settings = CapoSettings
 

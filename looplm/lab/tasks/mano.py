@@ -58,8 +58,8 @@ class Mano(DrawnTask[ManoSettings]):
 
     name = "mano"
     shows = (
-        "Prefix arithmetic modulo p without intermediate steps; the claim: looping composes what the weights know better "
-        "than parameters do (Ouro section 6.2)."
+        "Prefix arithmetic modulo p without intermediate steps; the claim: looping composes what the weights know "
+        "better than more parameters do (Ouro section 6.2)."
     )
     unit = "operators"
     Settings = ManoSettings

@@ -8,7 +8,8 @@ pairs (s_h-1, s_h) of a random walk s_0, s_1, ... without doubled symbols among 
 `dense` rows answer everywhere that p hops lead somewhere. There no symbol follows itself: find_1 of a doubled symbol is
 its own position, so a hop would stay where it is, and with 4 random symbols a tenth only of 8-hop questions has 8 hops.
 
-Held-out items are sequences up to a renaming of their symbols, whatever p is.
+Held-out items are sequences up to a renaming of their symbols, whatever p is. All rows are equally long and the last
+position alone is graded, so no shorter sequence, nor any prefix, ever asked for a graded answer.
 """
 
 from typing import Annotated, Self

@@ -1,13 +1,14 @@
-"""m steps of greedy chain of thought in m loops (Saunshi et al., theorem 5.4 and appendix B.5).
+"""m steps of greedy chain of thought in m loops (Saunshi et al., theorem 5.4).
 
 Given a causal Transformer of L layers that decodes token after token, the looped model reads the prompt followed by m
 dummy tokens and needs m loops of L + 2 layers. One loop: all positions run the L layers from fresh embeddings; layer
 L + 1 compares the logits pairwise and wipes the state; layer L + 2 fetches the outcome of the position before, so each
 dummy learns the best token there and becomes it, and everyone's embedding is written for the next loop.
 
-Simpler than the appendix, which counts loops and updates one position a loop (log2(n + m) more dimensions, comparisons
-of positions): all dummies are updated in every loop. By causality dummy t is right after t loops, because what it reads
-was right after t - 1, and it stays right. (This is Jacobi iteration on greedy decoding; it may be done earlier.)
+Simpler than the paper's proof, which counts loops and updates one position a loop (log2(n + m) more dimensions and
+comparisons of positions): all dummies are updated in every loop. By causality dummy t is right after t loops, because
+what it reads was right after t - 1, and it stays right. (This is Jacobi iteration on greedy decoding; it may be done
+earlier.)
 
 Argmax without uniqueness: logits that differ do so by at least `margin`. Token v is charged, for every rival u, with
 relu(1 - (logit_v - logit_u) / margin), without the 1 if u has the higher id: 0 for a win, at least 1 for a loss, and a
@@ -16,6 +17,7 @@ Both this and the wipe in a layer of its own matter: errors of 1e-10 in a token,
 that the original averages.
 """
 
+import math
 from itertools import permutations, product
 
 import numpy as np
@@ -23,7 +25,6 @@ import numpy as np
 from looplm.lab.theory.distinct_layers import random_transformer
 from looplm.lab.theory.transformer import (
     Array,
-    Head,
     Integers,
     Layer,
     LoopedTransformer,
@@ -80,8 +81,8 @@ def build(original: LoopedTransformer, margin: float) -> LoopedTransformer:
     vocabulary = len(original.embedding)
     if not original.causal or original.threshold_norm or original.readout.shape[1] != vocabulary:
         raise ValueError("the original must be causal, without norm, and read out one logit a token")
-    if not margin > 0:
-        raise ValueError(f"margin is {margin}; it must be positive")
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin is {margin}; it must be positive and finite")
     wires = Wiring(
         state=original.size.width, place=original.size.width, token=vocabulary, charge=vocabulary, before=vocabulary,
         dummy=1, one=1, position=1, square=1, previous=1,
@@ -105,23 +106,12 @@ def build(original: LoopedTransformer, margin: float) -> LoopedTransformer:
             previous=np.maximum(index - 1, 0),
         ),
         block=(
-            *(_widened(wires, layer) for layer in original.block),
+            *(wires.transplant("state", layer) for layer in original.block),
             _compare(wires, original.readout, margin),
             _rewrite(wires, original.embedding),
         ),
         readout=wires.columns(vocabulary, token=1.0),
     )
-
-
-def _widened(wires: Wiring, layer: Layer) -> Layer:
-    """The original's layer on the state register."""
-    spare = wires.width - wires.sizes["state"]
-    below, beside = ((0, spare), (0, 0)), ((0, 0), (0, spare))
-    heads = tuple(
-        Head(np.pad(head.query, below), np.pad(head.key, below), np.pad(head.value, below), np.pad(head.output, beside))
-        for head in layer.heads
-    )
-    return Layer(heads, np.pad(layer.inner, below), layer.bias, np.pad(layer.outer, beside))
 
 
 def _compare(wires: Wiring, readout: Array, margin: float) -> Layer:
@@ -203,5 +193,9 @@ def verify(random: int = 2000, seed: int = 0) -> Report:
 
 
 def margin_of(original: LoopedTransformer) -> float:
-    """The least distance of two logits of a `random_transformer`: 2^-(8 L + 4), since its weights are quarters."""
-    return 2.0 ** -(8 * len(original.block) + 4)
+    """A margin for a `random_transformer`: 2^-(8 L + 4) since its weights are quarters, and 2^-12 for averages of ties.
+
+    Without ties the first factor is exact; with them it is not (8 of 102,400 instances failed), and the second leaves
+    room for one average of up to 64 keys per head. A closer call would be counted as a failure.
+    """
+    return 2.0 ** -(8 * len(original.block) + 16)

@@ -101,27 +101,15 @@ def build(original: LoopedTransformer, schedule: Sequence[int]) -> LoopedTransfo
 
 def _gated(wires: Wiring, layer: Layer, turn: int, gate: float) -> Layer:
     """The layer on the content register, switched off unless `active` is `turn`."""
-    spare = wires.width - wires.sizes["content"]
-    others = gate * (np.arange(wires.sizes["active"]) != turn)
-    choice = np.concatenate([np.zeros(wires.sizes["content"]), others - gate * (others == 0), np.zeros(2)])
-    is_hash = np.eye(wires.width)[:, -1]
-    heads = tuple(
-        Head(
-            query=np.column_stack([np.pad(head.query, ((0, spare), (0, 0))), choice]),
-            key=np.column_stack([np.pad(head.key, ((0, spare), (0, 0))), is_hash]),
-            value=np.pad(head.value, ((0, spare), (0, 0))),
-            output=np.pad(head.output, ((0, 0), (0, spare))),
-        )
-        for head in layer.heads
+    others = wires.columns(1, active=gate * (np.arange(wires.sizes["active"]) != turn)[:, None].astype(np.float64))
+    own = wires.columns(1, active=gate * np.eye(wires.sizes["active"])[:, [turn]])
+    is_hash = wires.columns(1, hash=1.0)
+    moved = wires.transplant("content", layer)
+    heads = (
+        replace(head, query=np.hstack([head.query, others - own]), key=np.hstack([head.key, is_hash]))
+        for head in moved.heads
     )
-    count = len(layer.bias)
-    neurons = wires.neurons(
-        count,
-        {"content": layer.inner, "active": -np.repeat(others[:, None], count, 1), "hash": -gate},
-        layer.bias,
-        {"content": layer.outer},
-    )
-    return replace(neurons, heads=heads)
+    return replace(moved, heads=tuple(heads), inner=moved.inner - others - gate * is_hash)
 
 
 def _clock(wires: Wiring, schedule: Integers) -> Layer:

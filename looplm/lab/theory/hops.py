@@ -1,4 +1,4 @@
-"""p-hop induction in floor(log2 p) + 2 loops, for every p (Saunshi et al., corollary 5.3 and appendix A).
+"""p-hop induction in floor(log2 p) + 2 loops, for every p (Saunshi et al., corollary 5.3).
 
 next(i) is the latest j <= i with v_(j-1) = v_i, or 0 (find_1 in the paper); hop_p is the token at next^p(n), or bottom.
 
@@ -15,9 +15,10 @@ T loops read bits 0..T-2 of p, so floor(log2 p) + 2 loops serve every p < 2^(T-1
 
 Ordinals need no counter. A head that looks uniformly at the equal tokens and one start mark averages the mark's flag to
 a = 1/(c + 1); with two marks, b = 1/(c + 2). The points (a, b) lie on the strictly concave curve b = a/(1 + a), so a
-linear score peaks at one of them: b_k - (1 - a - b) a_k, with a and b of the pointer, is largest at c_k = c - 1, by at
-least 1/((c-1) c (c+1) (c+2)) over its upper neighbour and 1/(c (c+1)^2 (c+2)) over its lower (the tests derive both).
-Start mark 2 is position 0 of the paper, "bottom": ordinal 0 of every token.
+linear score peaks at one of them: b_k - (1 - a - b) a_k, with a and b of the pointer, is largest at c_k = c - 1, by
+1/(c (c+1)^2 (c+2)) over ordinal c and by 1/((c-1) c (c+1) (c+2)) over ordinal c - 2 (the tests derive both).
+Start mark 2 is position 0 of the paper, "bottom": ordinal 0 of every token. In loop 2 no key knows its ordinal yet, all
+equal tokens draw, and a recency term smaller than any such gap decides for the latest.
 """
 
 from itertools import product
@@ -217,7 +218,7 @@ def wrong(model: LoopedTransformer, sequences: Integers, hops: int, alphabet: in
 
 
 def check(sequences: Integers, hops: int, alphabet: int) -> Report:
-    """The sequences (B, n) in floor(log2 p) + 2 loops, and the worst case for p with one fewer."""
+    """The sequences (B, n) in floor(log2 p) + 2 loops, and the worst case for p (at most 253) with one fewer."""
     loops, hard = loops_needed(hops), worst_case(hops)
     fails = wrong(build(3, len(hard), hops), hard[None], hops, 3, loops - 1) == 1
     failures = wrong(build(alphabet, sequences.shape[1], hops), sequences, hops, alphabet, loops)

@@ -112,7 +112,7 @@ class LoopedTransformer:
         return self._norm(state + np.maximum(state @ layer.inner + layer.bias, 0.0) @ layer.outer)
 
     def _norm(self, state: Array) -> Array:
-        return (state > 0).astype(np.float64) if self.threshold_norm else state
+        return (state > 0).astype(state.dtype) if self.threshold_norm else state
 
 
 def attend(head: Head, state: Array, causal: bool) -> Array:
@@ -120,7 +120,7 @@ def attend(head: Head, state: Array, causal: bool) -> Array:
     scores = (state @ head.query) @ (state @ head.key).swapaxes(1, 2)
     if causal:
         scores = np.where(np.tri(state.shape[1], dtype=bool), scores, -math.inf)
-    chosen = (scores == scores.max(-1, keepdims=True)).astype(np.float64)
+    chosen = (scores == scores.max(-1, keepdims=True)).astype(state.dtype)
     return ((chosen @ (state @ head.value)) / chosen.sum(-1, keepdims=True)) @ head.output
 
 

@@ -78,6 +78,12 @@ class Wiring:
         flipped = {target: -np.asarray(_matrix(weight, size, self.sizes[target])) for target, weight in writes.items()}
         return combine(self.neurons(size, {name: 1.0}, writes=writes), self.neurons(size, {name: -1.0}, writes=flipped))
 
+    def transplant(self, name: str, layer: Layer) -> Layer:
+        """A layer of another model whose whole state is the register `name` of this one."""
+        place = np.eye(self.width)[self.registers[name]]
+        heads = (Head(place.T @ h.query, place.T @ h.key, place.T @ h.value, h.output @ place) for h in layer.heads)
+        return Layer(tuple(heads), place.T @ layer.inner, layer.bias, layer.outer @ place)
+
     def _reads(self, count: int, reads: Mapping[str, Weight]) -> Array:
         inner = np.zeros((self.width, count))
         for name, weight in reads.items():
