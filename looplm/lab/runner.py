@@ -8,6 +8,7 @@ the same command goes on with the rest.
 import multiprocessing
 import os
 import queue
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,6 +25,8 @@ from looplm.training.tracking import Progress
 
 _reports: Any = None
 """The queue of a worker process to its parent: numbers of steps done."""
+_stop: Any = None
+"""The event by which the parent ends its workers."""
 
 
 def run_all(
@@ -62,8 +65,8 @@ def _run_missing(missing: list[RunSettings], table: pa.Table, folder: Path, work
     commit, total = code_commit(), sum(settings.steps for settings in missing)
     tokens = sum(settings.steps * settings.batch * settings.make_task().length for settings in missing)
     context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(reports,))
+    reports, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(reports, stop))
     with Progress(total, f"{len(missing)} runs") as bar:
         try:
             work = {pool.submit(_run, settings.canonical()): settings for settings in missing}
@@ -74,6 +77,7 @@ def _run_missing(missing: list[RunSettings], table: pa.Table, folder: Path, work
                 table = _kept(ended, work, table, commit, folder)
                 bar.update(steps, steps * tokens // total, runs_left=float(len(open_runs)))
         finally:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
     return table
 
@@ -97,13 +101,14 @@ def _drained(reports: Any) -> int:
             return steps
 
 
-def _begin(reports: Any) -> None:
-    """A worker process: one thread, and a way to tell how far it is."""
-    global _reports
+def _begin(reports: Any, stop: Any) -> None:
+    """A worker process: one thread, a way to tell how far it is, and interruptions left to the parent."""
+    global _reports, _stop
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _reports = reports
+    _reports, _stop = reports, stop
 
 
 def _run(canonical: str) -> list[dict[str, Any]]:
@@ -116,6 +121,9 @@ def _run(canonical: str) -> list[dict[str, Any]]:
 
     def report(steps: int) -> None:
         nonlocal told
+        parent = multiprocessing.parent_process()
+        if _stop.is_set() or parent is None or not parent.is_alive():
+            raise SystemExit("the command that asked for this run has ended")
         _reports.put(steps - told)
         told = steps
 
