@@ -1,11 +1,11 @@
 """The ledger of claims: what the runs say of each, judged by rules that were fixed before (`looplm.lab.claims`).
 
-A contrast holds where its p-value, corrected by Holm over all contrasts of the ledger (those not run yet count as 1),
-is at most .05; it points the right way where its mean does. The verdict of a claim is that of its weakest contrast:
+A claim needs all its contrasts, so its p-value is the largest of theirs (an intersection-union test), and Holm corrects
+it over all claims of the ledger; claims not run yet count as 1. A contrast points the right way where its mean does.
 
-    reproduced                          all contrasts hold
-    in direction                        all point the right way
-    not reproduced                      one does not
+    reproduced                          the corrected p-value is at most .05
+    in direction                        it is not, but every contrast points the right way
+    not reproduced                      one contrast does not
     not testable at this scale          the condition that the claim sets for being testable is not met
     not run yet
 
@@ -29,7 +29,6 @@ from looplm.lab.statistics import holm, interval, p_equal, p_greater
 ALPHA = 0.05
 SHORT, FEWEST_SHORT = 120.0, 8
 """Runs of fewer CPU seconds need so many seeds."""
-OUTCOMES = ("not reproduced", "in direction", "reproduced")
 Runs = Mapping[str, list[dict[str, Any]]]
 
 
@@ -42,7 +41,6 @@ class Finding:
         left, right: the two sides' numbers in the order of the claim's seeds; empty where runs are missing.
         mean, low, high: the difference and its 95 % interval; None where runs are missing.
         p: one-sided, or of equivalence; 1 where runs are missing.
-        adjusted: by Holm over the ledger.
     """
 
     contrast: Contrast
@@ -52,16 +50,13 @@ class Finding:
     low: float | None
     high: float | None
     p: float
-    adjusted: float = 1.0
 
     @property
-    def outcome(self) -> str:
-        """`reproduced`, `in direction` or `not reproduced`."""
-        assert self.mean is not None
-        if self.adjusted <= ALPHA:
-            return OUTCOMES[2]
-        points = self.mean > 0 if self.contrast.kind == "greater" else abs(self.mean) < self.contrast.margin
-        return OUTCOMES[1] if points else OUTCOMES[0]
+    def points(self) -> bool:
+        """Whether the mean points the way that is claimed."""
+        if self.mean is None:
+            return False
+        return self.mean > 0 if self.contrast.kind == "greater" else abs(self.mean) < self.contrast.margin
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,7 @@ class Entry:
     Attributes:
         claim: as it stands in claims.yaml.
         findings: one a contrast.
+        p: of the claim, by Holm over the ledger.
         verdict: see the module.
         because: the reason in words, or "".
         exploratory: why the claim is only exploratory, or "".
@@ -81,6 +77,7 @@ class Entry:
 
     claim: Claim
     findings: list[Finding]
+    p: float
     verdict: str
     because: str
     exploratory: str
@@ -94,18 +91,17 @@ def judge(claims: Sequence[Claim], runs: Runs, ages: Mapping[str, int | str], qu
     """The ledger.
 
     Args:
-        claims: all of it; the correction is over all their contrasts.
+        claims: all of it; the correction is over all of them.
         runs: rows by the key of their run.
         ages: since when each claim stands as it does (`committed`), by name.
         quick: the reduced ledger, which is exploratory throughout.
     """
     rates = {claim.name: best_rates(claim, dict(runs)) if claim.waiting is None else None for claim in claims}
     findings = [[_found(claim, c, rates[claim.name], runs) for c in claim.contrasts] for claim in claims]
-    adjusted = iter(holm([finding.p for row in findings for finding in row]))
-    corrected = [[Finding(**{**vars(f), "adjusted": next(adjusted)}) for f in row] for row in findings]
+    adjusted = holm([max((finding.p for finding in row), default=1.0) for row in findings])
     return [
-        _entry(claim, row, rates[claim.name] or {}, runs, ages[claim.name], quick)
-        for claim, row in zip(claims, corrected, strict=True)
+        _entry(claim, row, p, rates[claim.name] or {}, runs, "the reduced ledger" if quick else ages[claim.name])
+        for claim, row, p in zip(claims, findings, adjusted, strict=True)
     ]
 
 
@@ -128,18 +124,19 @@ def _found(claim: Claim, contrast: Contrast, rates: Mapping[str, float] | None, 
 
 
 def _entry(
-    claim: Claim, findings: list[Finding], rates: dict[str, float], runs: Runs, age: int | str, quick: bool
+    claim: Claim, findings: list[Finding], p: float, rates: dict[str, float], runs: Runs, age: int | str
 ) -> Entry:
     used = [settings for settings in wanted(claim, rates) if settings.key in runs]
     missing = sum(1 for _ in missing_runs(claim, runs))
-    verdict, because = _verdict(claim, findings, rates, missing, runs)
+    verdict, because = _verdict(claim, findings, p, rates, missing, runs)
     rows = [runs[settings.key] for settings in used]
     return Entry(
         claim=claim,
         findings=findings,
+        p=p,
         verdict=verdict,
         because=because,
-        exploratory="" if not used else "the reduced ledger" if quick else _exploratory(claim, rows, age),
+        exploratory=_exploratory(claim, rows, age) if used else "",
         rates=rates,
         missing=missing,
         runs=len(used),
@@ -156,7 +153,7 @@ def wanted(claim: Claim, rates: Mapping[str, float]) -> list[RunSettings]:
 
 
 def _verdict(
-    claim: Claim, findings: Sequence[Finding], rates: Mapping[str, float], missing: int, runs: Runs
+    claim: Claim, findings: Sequence[Finding], p: float, rates: Mapping[str, float], missing: int, runs: Runs
 ) -> tuple[str, str]:
     if claim.waiting is not None:
         return "not run yet", claim.waiting
@@ -168,9 +165,12 @@ def _verdict(
         if reached < bound.at_least:
             where = f"{bound.arm} reaches {reached:.3f}; {bound.at_least:g} was set as the least"
             return "not testable at this scale", where
-    worst = min((finding.outcome for finding in findings), key=OUTCOMES.index)
-    weak = [finding for finding in findings if finding.outcome != OUTCOMES[2]]
-    return worst, "; ".join(f"{f.contrast.label}: {f.outcome} ({f.mean:+.3f}, p {f.adjusted:.2g})" for f in weak)
+    if p <= ALPHA:
+        return "reproduced", ""
+    weak = [finding for finding in findings if finding.p > ALPHA]
+    reasons = [f"{finding.contrast.label} ({finding.mean:+.3f}, p {finding.p:.2g})" for finding in weak]
+    because = "; ".join(reasons) or f"corrected over the ledger p is {p:.2g}"
+    return "in direction" if all(finding.points for finding in findings) else "not reproduced", because
 
 
 def _exploratory(claim: Claim, runs: Sequence[Sequence[Mapping[str, Any]]], age: int | str) -> str:

@@ -64,6 +64,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
         "verdict": entry.verdict,
         "because": entry.because,
         "exploratory": entry.exploratory,
+        "p_holm": entry.p,
         "seeds": claim.seeds if claim.waiting is None else [],
         "learning_rates": entry.rates,
         "runs": entry.runs,
@@ -82,22 +83,20 @@ def _plain_finding(finding: Finding) -> dict[str, Any]:
         "value": finding.mean,
         "interval": None if finding.low is None else [finding.low, finding.high],
         "p": finding.p if finding.mean is not None else None,
-        "p_holm": finding.adjusted if finding.mean is not None else None,
-        "outcome": finding.outcome if finding.mean is not None else "not run yet",
+        "points_the_right_way": finding.points if finding.mean is not None else None,
         "left": finding.left,
         "right": finding.right,
     }
 
 
 def _page(entries: Sequence[Entry], shown: set[str], unknown: int, command: str) -> str:
-    contrasts = sum(len(entry.findings) for entry in entries)
     lines = [
         "# Claims",
         "",
         f"Made by `{command}`; do not edit. The claims, with arms, seeds and margins, stand in "
         "`looplm/lab/claims.yaml`; how they are judged is told in [docs/lab.md](../lab.md). Intervals are 95 % by "
-        f"bootstrap over seeds, p-values are corrected by Holm over all {contrasts} contrasts of the ledger. "
-        "A difference is left minus right, paired by seed.",
+        "bootstrap over seeds. A claim's p-value is the largest of its contrasts', corrected by Holm over all "
+        f"{len(entries)} claims of the ledger. A difference is left minus right, paired by seed.",
         "",
         "| | claim | paper | seeds | verdict |",
         "|---|---|---|---|---|",
@@ -123,7 +122,8 @@ def _page(entries: Sequence[Entry], shown: set[str], unknown: int, command: str)
 def _section(entry: Entry, figure: bool) -> list[str]:
     claim = entry.claim
     lines = [f"## {claim.number} {claim.name}", "", f"{claim.statement} ({claim.paper})", ""]
-    lines.append(f"**{entry.verdict}**" + (f": {entry.because}" if entry.because else "") + ".")
+    reason = f", because {entry.because}" if entry.because else f" (p {entry.p:.2g} over the ledger)"
+    lines.append(f"**{entry.verdict}**{reason}.")
     if entry.exploratory:
         lines += ["", f"Exploratory: {entry.exploratory}."]
     if claim.waiting is not None:
@@ -132,8 +132,8 @@ def _section(entry: Entry, figure: bool) -> list[str]:
         lines += ["", f"![every seed of {claim.name}](claim-{claim.name}.svg)"]
     lines += [
         "",
-        "| contrast | margin | difference | 95 % interval | p (Holm) | outcome |",
-        "|---|---|---|---|---|---|",
+        "| contrast | margin | difference | 95 % interval | p |",
+        "|---|---|---|---|---|",
     ]
     lines += [_row(finding) for finding in entry.findings]
     rates = ", ".join(f"{arm} {rate:g}" for arm, rate in entry.rates.items()) or "to be swept"
@@ -145,11 +145,9 @@ def _row(finding: Finding) -> str:
     contrast = finding.contrast
     margin = f"above {contrast.margin:g}" if contrast.kind == "greater" else f"within {contrast.margin:g}"
     if finding.mean is None:
-        return f"| {contrast.label} | {margin} | | | | not run yet |"
+        return f"| {contrast.label} | {margin} | | | not run yet |"
     where = f"{finding.low:+.3f} to {finding.high:+.3f}"
-    return (
-        f"| {contrast.label} | {margin} | {finding.mean:+.3f} | {where} | {finding.adjusted:.2g} | {finding.outcome} |"
-    )
+    return f"| {contrast.label} | {margin} | {finding.mean:+.3f} | {where} | {finding.p:.2g} |"
 
 
 def _seeds(entry: Entry) -> str:

@@ -66,18 +66,21 @@ def test_the_weakest_contrast_decides():
         {"left": {"arm": "one"}, "right": {"arm": "two"}, "margin": 0.0},
     ]
     entry = judged(claim(contrasts=both), {"two": seeds(0.8), "one": [0.5] * 8})
-    assert [finding.outcome for finding in entry.findings] == ["reproduced", "not reproduced"]
-    assert entry.verdict == "not reproduced" and "one > two: not reproduced (-0.300" in entry.because
+    assert [finding.points for finding in entry.findings] == [True, False]
+    assert entry.verdict == "not reproduced" and entry.because.startswith("one > two (-0.300, p ")
+    assert entry.p == entry.findings[1].p > entry.findings[0].p
 
 
 def test_the_correction_is_over_the_whole_ledger_runs_still_to_come_included():
     made, scores = claim(), {"two": seeds(0.8), "one": [0.5] * 8}
-    alone = judged(made, scores).findings[0]
-    pair = {"left": {"arm": "two"}, "right": {"arm": "one"}, "margin": 0.1}
-    other = claim(name="other", settings={"task": "mano", "steps": 10}, contrasts=[pair] * 9)
-    among = judge([made, other], results(made, scores), OLD)
-    assert among[0].findings[0].adjusted == pytest.approx(10 * alone.p) and alone.adjusted == alone.p
-    assert among[1].verdict == "not run yet" and "16 runs are missing" in among[1].because
+    alone = judged(made, scores)
+    others = [claim(name=f"other-{n}", settings={"task": "mano", "steps": 10 + n}) for n in range(99)]
+    ages = {one.name: 1_000 for one in (made, *others)}
+    among = judge([made, *others], results(made, scores), ages)
+    assert among[0].p == pytest.approx(100 * alone.p) and alone.p == alone.findings[0].p
+    assert (alone.verdict, among[0].verdict) == ("reproduced", "in direction")
+    assert among[0].because.startswith("corrected over the ledger p is 0.08")
+    assert among[1].verdict == "not run yet" and "16 runs are missing" in among[1].because and among[1].p == 1
 
 
 def test_a_task_that_nobody_learns_tells_nothing():
@@ -166,7 +169,7 @@ def test_the_ledger_is_written_for_people_and_for_programs(tmp_path):
     page = (tmp_path / "claims.md").read_text()
     assert "**reproduced**" in page and "Exploratory: its entry in claims.yaml" in page
     assert "8 runs in the results belong to no claim" in page and "not run yet" in page
-    assert "| two > one | above 0.1 | +0.300 |" in page
+    assert "| two > one | above 0.1 | +0.300 | " in page
     assert "1.60e+10 FLOPs in 16 runs" in page
     plain = json.loads((tmp_path / "claims.json").read_text())
     assert [entry["verdict"] for entry in plain["claims"]] == ["reproduced", "not run yet"]
