@@ -56,7 +56,7 @@ class Side(Section):
     @property
     def label(self) -> str:
         """The arm and what is particular about its reading."""
-        more = [] if not self.condition else [self.condition]
+        more = [part for part in (self.condition, (self.measure or "").replace("_", " ")) if part]
         more += [f"{name} {getattr(self, name)}" for name in ("loop", "difficulty", "step") if getattr(self, name)]
         return self.arm + (f" ({', '.join(more)})" if more else "")
 

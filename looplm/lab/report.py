@@ -35,19 +35,19 @@ def write_ledger(entries: Sequence[Entry], runs: Runs, folder: Path, command: st
             path.unlink(missing_ok=True)
     shown = {name for name, drawing in figures.items() if drawing}
     unknown = strangers(entries, runs)
-    write_text(folder / "claims.md", _page(entries, shown, unknown, command))
-    total = sum(max(row["flops"] for row in rows) for rows in runs.values())
+    write_text(folder / "claims.md", _page(entries, runs, shown, unknown, command))
     plain = [_plain(entry) for entry in entries]
-    head = {"command": command, "runs": len(runs), "flops": total, "runs_of_no_claim": unknown}
+    head = {"command": command, "runs": len(runs), "flops": _flops(runs), "runs_of_no_claim": unknown}
     write_json(folder / "claims.json", {**head, "claims": plain})
 
 
 def _figure(entry: Entry, runs: Runs) -> str:
-    """Every side of the contrasts, read as the contrasts read it, every seed a dot."""
+    """The sides of the contrasts with the claim's measure, read as the contrasts read them, every seed a dot."""
     claim, groups = entry.claim, {}
     if entry.rates:
         sides: list[Side] = [side for c in claim.contrasts for side in (c.left, c.right)]
-        groups = {side.label: values(claim, side, entry.rates, runs) for side in sides}
+        same = [side for side in sides if side.measure in (None, claim.reading.measure)]
+        groups = {side.label: values(claim, side, entry.rates, runs) for side in same}
     units = {"score": "share of exact matches", "loss": "nats a graded target"}
     return dot_chart(groups, f"{claim.number} {claim.name}", units.get(claim.reading.measure, "mean exit probability"))
 
@@ -89,7 +89,7 @@ def _plain_finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _page(entries: Sequence[Entry], shown: set[str], unknown: int, command: str) -> str:
+def _page(entries: Sequence[Entry], runs: Runs, shown: set[str], unknown: int, command: str) -> str:
     lines = [
         "# Claims",
         "",
@@ -107,8 +107,7 @@ def _page(entries: Sequence[Entry], shown: set[str], unknown: int, command: str)
         lines.append(
             f"| {claim.number} | [{claim.name}](#{_anchor(claim)}) | {claim.paper} | {_seeds(entry)} | {verdict} |"
         )
-    spent = sum(entry.flops for entry in entries)
-    lines += ["", f"Compute of all runs shown: {spent:.2e} FLOPs in {sum(entry.runs for entry in entries)} runs."]
+    lines += ["", f"All runs together: {_flops(runs):.2e} FLOPs in {len(runs)} runs; claims may share some."]
     if unknown:
         lines += [
             "",
@@ -148,6 +147,10 @@ def _row(finding: Finding) -> str:
         return f"| {contrast.label} | {margin} | | | not run yet |"
     where = f"{finding.low:+.3f} to {finding.high:+.3f}"
     return f"| {contrast.label} | {margin} | {finding.mean:+.3f} | {where} | {finding.p:.2g} |"
+
+
+def _flops(runs: Runs) -> float:
+    return sum(max(row["flops"] for row in rows) for rows in runs.values())
 
 
 def _seeds(entry: Entry) -> str:

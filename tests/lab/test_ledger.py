@@ -170,7 +170,7 @@ def test_the_ledger_is_written_for_people_and_for_programs(tmp_path):
     assert "**reproduced**" in page and "Exploratory: its entry in claims.yaml" in page
     assert "8 runs in the results belong to no claim" in page and "not run yet" in page
     assert "| two > one | above 0.1 | +0.300 | " in page
-    assert "1.60e+10 FLOPs in 16 runs" in page
+    assert "2.40e+10 FLOPs in 24 runs" in page and "16 runs, 1.60e+10 FLOPs" in page
     plain = json.loads((tmp_path / "claims.json").read_text())
     assert [entry["verdict"] for entry in plain["claims"]] == ["reproduced", "not run yet"]
     contrast = plain["claims"][0]["contrasts"][0]
