@@ -135,17 +135,30 @@ class Claim(Section):
             other = sorted(set(changes) - SHAPE - set(self.varies))
             if other:
                 raise ValueError(f"claim {self.name}: arm {arm!r} changes {other[0]}, which is not under varies")
-        self._check_sides(self.runs())
+        known = self.runs()
+        self._check_sides(known)
+        self._check_readings(known)
         return self
 
     def _check_sides(self, known: Arms) -> None:
-        named = [(side.arm, side.condition) for c in self.contrasts for side in (c.left, c.right)]
+        sides = [side for contrast in self.contrasts for side in (contrast.left, contrast.right)]
+        named = [(side.arm, side.condition) for side in sides]
         if self.testable is not None:
             named.append((self.testable.arm, self.testable.condition))
         for arm, condition in named:
             if (arm, condition) not in known:
                 names = ", ".join(" under ".join(filter(None, key)) for key in known)
                 raise ValueError(f"claim {self.name}: no arm {arm!r} under condition {condition!r}; there are {names}")
+
+    def _check_readings(self, known: Arms) -> None:
+        """What is read must be scored: its loop and its step."""
+        for side in (side for contrast in self.contrasts for side in (contrast.left, contrast.right)):
+            settings, read = known[side.arm, side.condition], reading_of(self.reading, side)
+            scored = settings.evaluation_loops or settings.loops
+            if read.loop != "last" and read.loop > scored:
+                raise ValueError(f"claim {self.name}: loop {read.loop} of {side.arm!r} is not scored, only {scored}")
+            if read.step is not None and read.step > settings.steps:
+                raise ValueError(f"claim {self.name}: {side.arm!r} is read at step {read.step} of {settings.steps}")
 
     def runs(self) -> Arms:
         """The settings of every arm under every condition. Raises ValueError for settings that cannot be."""
@@ -216,6 +229,12 @@ def entries(text: str) -> Any:
     return yaml.safe_load(text)
 
 
+def reading_of(reading: Reading, side: Side) -> Reading:
+    """A claim's reading with what one side has of its own."""
+    own = {name: getattr(side, name) for name in Reading.model_fields}
+    return reading.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
 def value_of(rows: Iterable[Mapping[str, Any]], reading: Reading, side: Side | None = None) -> float:
     """A number of a run from its rows; levels weigh by their items.
 
@@ -227,9 +246,7 @@ def value_of(rows: Iterable[Mapping[str, Any]], reading: Reading, side: Side | N
     Raises:
         ValueError: nothing was scored at that loop, level or step.
     """
-    own = {} if side is None else {name: value for name, value in side.model_dump().items() if value is not None}
-    read = reading.model_copy(update={name: own[name] for name in Reading.model_fields if name in own})
-    rows = list(rows)
+    read, rows = reading if side is None else reading_of(reading, side), list(rows)
     steps = sorted({row["step"] for row in rows})
     step = steps[-1] if read.step is None else next((step for step in steps if step >= read.step), None)
     loop = rows[0]["loops"] if read.loop == "last" else read.loop

@@ -51,12 +51,12 @@ def run_all(
         task = settings.make_task()
         for split in ("train", settings.split):
             task.batch(settings.seed, 0, 1, split)
-    table = load(folder / FILE)
-    done = finished(table)
-    missing = [settings for key, settings in wanted.items() if key not in done]
-    if not missing:
-        return table
     with locked(folder):
+        table = load(folder / FILE)
+        done = finished(table)
+        missing = [settings for key, settings in wanted.items() if key not in done]
+        if not missing:
+            return table
         begin(folder)
         return _run_missing(missing, table, folder, min(workers, len(missing)))
 

@@ -43,6 +43,8 @@ def test_the_shipped_claims_keep_the_rules():
             "needs a margin above 0",
         ),
         ({"testable": {"arm": "one", "condition": "hard", "at_least": 0.5}}, "under condition 'hard'"),
+        ({"reading": {"loop": 2}}, "loop 2 of 'one' is not scored, only 1"),
+        ({"reading": {"step": 11}}, "'two' is read at step 11 of 10"),
         ({"settings": {"task": "p-hop", "loop": 1}}, "unknown key 'loop'"),
         ({"matched": True}, "matched arms are those of a looped model"),
     ],
