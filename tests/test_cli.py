@@ -121,6 +121,8 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
         (["lab", "--help"], ["list", "Describe each task: what it asks"]),
         (["lab", "list", "--help"], ["TASK", "--scale", "{laptop,paper}"]),
+        (["lab", "run", "--help"], ["TASK", "--layers", "--loops", "--seeds", "--scale", "--matched"]),
+        (["lab", "claims", "--help"], ["--only", "--quick", "--workers"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

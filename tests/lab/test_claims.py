@@ -1,0 +1,126 @@
+"""Claims: the rules that a file of claims cannot get round, and how numbers are read from runs."""
+
+import pytest
+import yaml
+
+from looplm.lab.claims import Reading, Side, best_rates, load_claims, missing_runs, value_of
+from looplm.lab.settings import flops
+from looplm.lab.statistics import p_greater
+from tests.lab.ledgers import SEEDS, claim, results, rows
+
+
+def test_the_shipped_claims_keep_the_rules():
+    claims = {made.name: made for made in load_claims()}
+    assert {"multi-hop", "p-hop", "addition", "mano", "capo", "reachability", "gate-collapse", "depth"} <= set(claims)
+    for made in claims.values():
+        assert (made.waiting is None) == bool(made.contrasts)
+        if made.waiting is None:  # enough seeds to hold against the correction over the whole ledger
+            assert len(claims) * p_greater([1.0] * len(made.seeds)) <= 0.05
+        if made.matched:
+            looped, arms = made.settings, made.runs()
+            name = f"{looped['layers']}⊗{looped['loops']}"
+            condition = next(iter(made.conditions))
+            full = flops(arms[name, condition]) * arms[name, condition].steps
+            wide = arms[f"{looped['layers']}⊗1 wide", condition]
+            assert flops(wide) * wide.steps == pytest.approx(full, rel=0.02)
+    assert any(made.quick for made in claims.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": {"two": {"loops": 2, "batch": 9}, "one": {}}}, "arm 'two' changes batch"),
+        ({"arms": {"two": {"objective": "mean"}, "one": {}}}, "arm 'two' changes objective, which is not under varies"),
+        ({"varies": ["task_settings"]}, "varies names task_settings, by which arms are paired"),
+        ({"seeds": [0, *SEEDS[:5]]}, "seeds must differ, from sweep_seed 0 as well"),
+        ({"seeds": SEEDS[:4]}, "at least 5 seeds"),
+        ({"seeds": [*SEEDS[:5], 101]}, "seeds must differ"),
+        ({"learning_rates": []}, "learning_rates"),
+        ({"contrasts": []}, "needs contrasts"),
+        ({"contrasts": [{"left": {"arm": "two"}, "right": {"arm": "three"}, "margin": 0}]}, "no arm 'three'"),
+        (
+            {"contrasts": [{"left": {"arm": "two"}, "right": {"arm": "one"}, "kind": "equal", "margin": 0}]},
+            "needs a margin above 0",
+        ),
+        ({"testable": {"arm": "one", "condition": "hard", "at_least": 0.5}}, "under condition 'hard'"),
+        ({"reading": {"loop": 2}}, "loop 2 of 'one' is not scored, only 1"),
+        ({"reading": {"step": 11}}, "'two' is read at step 11 of 10"),
+        ({"settings": {"task": "p-hop", "loop": 1}}, "unknown key 'loop'"),
+        ({"matched": True}, "matched arms are those of a looped model"),
+    ],
+)
+def test_claims_that_break_a_rule_are_refused_in_a_line(changes, said):
+    with pytest.raises(ValueError, match=said) as error:
+        claim(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_two_claims_need_two_names(tmp_path):
+    made = claim().model_dump(exclude={"waiting", "testable"})
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump({"claims": [made, made]}))
+    with pytest.raises(ValueError, match="two claims are called 'made-up'"):
+        load_claims(path)
+    with pytest.raises(ValueError, match="no such file of claims"):
+        load_claims(tmp_path / "none.yaml")
+
+
+def test_numbers_are_read_as_the_side_says():
+    made = claim()
+    settings = made.reported({"two": 0.003, "one": 0.003})["two", ""][0]
+    table = [
+        *rows(settings, 0.2, step=5, loop=1, difficulty=1, items=10),
+        *rows(settings, 0.4, step=10, loop=1, difficulty=1, items=10),
+        *rows(settings, 0.5, step=10, loop=2, difficulty=1, items=10),
+        *rows(settings, 0.9, step=10, loop=2, difficulty=2, items=30, exit_probability=None),
+    ]
+    assert value_of(table, Reading()) == pytest.approx((10 * 0.5 + 30 * 0.9) / 40)
+    assert value_of(table, Reading(difficulty=2)) == 0.9
+    assert value_of(table, Reading(loop=1)) == 0.4
+    assert value_of(table, Reading(loop=1, step=3)) == 0.2
+    assert value_of(table, Reading(difficulty=2), Side(arm="two", difficulty=1)) == 0.5
+    assert value_of(table, Reading(), Side(arm="two", measure="loss", loop=1, step=1)) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="no score at loop 3"):
+        value_of(table, Reading(loop=3))
+    with pytest.raises(ValueError, match="no exit_probability"):
+        value_of(table, Reading(measure="exit_probability", difficulty=2))
+
+
+def test_every_arm_is_swept_alike_and_on_items_and_a_seed_that_are_not_reported():
+    made = claim(learning_rates=[0.001, 0.003])
+    swept = made.sweep()
+    assert {arm: [run.learning_rate for run in runs] for arm, runs in swept.items()} == {
+        "two": [0.001, 0.003],
+        "one": [0.001, 0.003],
+    }
+    assert all(run.split == "validation" and run.seed == 0 for runs in swept.values() for run in runs)
+    assert best_rates(made, {}) is None
+    assert {run.key for run in missing_runs(made, {})} == {run.key for runs in swept.values() for run in runs}
+
+    found = {run.key: rows(run, score) for run, score in zip(swept["two"], (0.4, 0.6), strict=True)}
+    found |= {run.key: rows(run, 0.5) for run in swept["one"]}
+    assert best_rates(made, found) == {"two": 0.003, "one": 0.001}  # of equals the lower
+    wanted = list(missing_runs(made, found))
+    assert len(wanted) == 16 and {run.seed for run in wanted} == set(SEEDS)
+    assert {(run.loops, run.learning_rate) for run in wanted} == {(2, 0.003), (1, 0.001)}
+    assert {run.split for run in wanted} == {"test"}
+
+
+def test_the_best_rate_of_a_loss_is_the_one_with_the_lowest():
+    made = claim(learning_rates=[0.001, 0.003], reading={"measure": "loss"})
+    found = {
+        run.key: rows(run, score) for runs in made.sweep().values() for run, score in zip(runs, (0.4, 0.6), strict=True)
+    }
+    assert best_rates(made, found) == {"two": 0.003, "one": 0.003}
+
+
+def test_what_is_done_is_not_missing():
+    made = claim()
+    done = results(made, {"two": [0.9] * 8, "one": [0.1] * 7})
+    (left,) = missing_runs(made, done)
+    assert (left.loops, left.seed) == (1, 108)
+
+
+def test_the_reduced_ledger_takes_three_seeds_and_the_middle_rate():
+    short = claim(learning_rates=[0.001, 0.01, 0.003]).shortened()
+    assert short.seeds == SEEDS[:3] and short.learning_rates == [0.003] and short.sweep() == {}
