@@ -119,10 +119,10 @@ class Engine:
             )
         seed = random.randrange(2**62) if params.seed is None else params.seed
         request = next(self._arrivals)
-        rank, sequences = request - priority * PATIENCE, []
+        turn, sequences = request - priority * PATIENCE, []
         for index in range(params.n):
             stream = TextStream(self.tokenizer, ids, tuple(params.stop)) if self.tokenizer is not None else None
-            own = _shift_seed(options, index)
+            own, rank = _shift_seed(options, index), (turn, request, index)
             sequences.append(Sequence(request, index, ids, params, own, seed + index, rank, stream))
         return sequences
 

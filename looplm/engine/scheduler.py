@@ -37,7 +37,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache and not pool.single_slot
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._slots = list(range(rows - 1, -1, -1))
 
     @property
@@ -52,12 +52,12 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        heapq.heappush(self._waiting, (sequence.rank, sequence.index, sequence))
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence is over, wherever it stands: its rows and pages are free."""
         if sequence.slot is None:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
         else:
             self._unseat(sequence)
@@ -73,7 +73,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Seat those that wait, in order, while there is room."""
-        while self._waiting and self._slots and self._seat(self._waiting[0][2]):
+        while self._waiting and self._slots and self._seat(self._waiting[0][1]):
             heapq.heappop(self._waiting)
 
     def starters(self) -> list[Sequence]:
@@ -178,8 +178,8 @@ class Scheduler:
         sequence.blocks, sequence.slot, sequence.flying, sequence.filled = [], None, False, 0
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank, sequence.index
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
 
 
 def _keys(sequence: Sequence) -> Iterator[Hashable]:

@@ -86,7 +86,7 @@ class Sequence:
     """One sample in work.
 
     Attributes (beside those of `Completion`):
-        rank: orders service, smaller first.
+        rank: orders service, smaller first: arrival less what priority overtakes, request, sample.
         filled: positions in the pool; `target` those that are to be there before the newest token is run.
         flying: whether a token or chunk of it is between loops.
         slot: its row in the pool's tables; None while it waits.
@@ -99,7 +99,7 @@ class Sequence:
     params: SamplingParams
     options: DepthOptions
     seed: int
-    rank: int
+    rank: tuple[int, int, int]
     stream: TextStream | None = None
     new: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)

@@ -36,9 +36,13 @@ class Piece:
 
 @dataclass
 class _Listener:
-    """Where the pieces of one request go, and what each of its samples has sent."""
+    """Where the pieces of one request go, and what each of its samples has sent.
+
+    `running` counts samples whose last piece is not sent yet, `unfinished` those whose last piece was not fetched.
+    """
 
     loop: asyncio.AbstractEventLoop
+    running: int
     unfinished: int
     queue: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     sent: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -77,7 +81,7 @@ class AsyncEngine:
             ValueError: as `Engine.prepare`; RuntimeError: the engine is closed or broken.
         """
         sequences = self.engine.prepare(prompt, params, priority)
-        request, listener = sequences[0].request, _Listener(asyncio.get_running_loop(), len(sequences))
+        request, listener = sequences[0].request, _Listener(asyncio.get_running_loop(), len(sequences), len(sequences))
 
         def begin() -> None:
             self._listeners[request] = listener
@@ -162,5 +166,7 @@ class AsyncEngine:
         listener.sent[sequence.index] = (len(sequence.new), max(len(text), characters))
         new, depths = sequence.new[tokens:], sequence.exit_depths[tokens:]
         listener.put(Piece(sequence.index, new, depths, text[characters:], done))
-        if done is not None and sequence.request not in self.engine.live:
+        if done is not None:
+            listener.running -= 1
+        if not listener.running:
             del self._listeners[sequence.request]
