@@ -100,6 +100,7 @@ class KVPool:
             pages[:, :2] = 0
         self.tables = torch.zeros(rows, num_loops, blocks, dtype=torch.int64, device=device)
         self.edge_tables = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
+        self._scratch = self.core.new_empty(0, *page)
         self._free = list(range(count * loops + 1, 1, -1))
         self._free_edges = list(range(blocks_at_once + 1, 1, -1))
         self._known: dict[Hashable, Block] = {}
@@ -221,6 +222,15 @@ class KVPool:
         if len(source):
             flat = self.core.flatten(1, 2)
             flat[:, pages[beyond]] = flat[:, source]
+
+    def gather(self, store: Tensor, pages: Tensor) -> Tensor:
+        """Pages (n,) of one layer's `store`, copied side by side: (n, BLOCK, 2, H_kv, D_h), good until the next call.
+
+        The buffer is used again and again: fresh memory costs a CPU more than the copying (docs/engine.md).
+        """
+        if len(self._scratch) < len(pages):
+            self._scratch = store.new_empty(len(pages), *store.shape[1:])
+        return torch.index_select(store, 0, pages, out=self._scratch[: len(pages)])
 
     def save(self, blocks: list[Block]) -> Saved:
         """Copy collapsed blocks out."""

@@ -39,12 +39,12 @@ class Pages:
         places = table.gather(1, block) * BLOCK + positions % BLOCK
         return cls(table, torch.where(written, places, TRASH * BLOCK).flatten())
 
-    def exchange(self, key: Tensor, value: Tensor, store: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def exchange(self, key: Tensor, value: Tensor, store: Tensor, pool: KVPool, longest: int) -> tuple[Tensor, Tensor]:
         """Write (R, H_kv, S, D_h) into `store` (pages, BLOCK, 2, H_kv, D_h); give (R, H_kv, longest, D_h) to see."""
         flat = store.flatten(0, 1)
         flat[:, 0].index_copy_(0, self.places, key.transpose(1, 2).flatten(0, 1))
         flat[:, 1].index_copy_(0, self.places, value.transpose(1, 2).flatten(0, 1))
-        seen = store.index_select(0, self.table.flatten()).unflatten(0, self.table.shape).flatten(1, 2)[:, :longest]
+        seen = pool.gather(store, self.table.flatten()).unflatten(0, self.table.shape).flatten(1, 2)[:, :longest]
         return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
 
     def take(self, rows: Tensor, length: int) -> Pages:
@@ -98,10 +98,10 @@ class PagedPass(PassContext):
         """Where layer `layer` keeps its keys and values; each row's own loop is in its pages, `loop` says nothing."""
         index = layer - self.num_prelude_layers
         if 0 <= index < self.num_core_layers:
-            return partial(self.looped.exchange, store=self.pool.core[index], longest=self.longest)
+            return partial(self.looped.exchange, store=self.pool.core[index], pool=self.pool, longest=self.longest)
         assert self.once is not None
         edge = layer if index < 0 else layer - self.num_core_layers
-        return partial(self.once.exchange, store=self.pool.edge[edge], longest=self.longest)
+        return partial(self.once.exchange, store=self.pool.edge[edge], pool=self.pool, longest=self.longest)
 
     def select(self, rows: Tensor) -> PagedPass:
         """The same pass for some rows, (n,) indices or (R,) bool."""

@@ -209,7 +209,8 @@ def _record(tracker: ExitTracker, place: int, depth: int) -> tuple[list[float], 
 
 def _reads(logits: Tensor, notes: list[Note]) -> list[Read]:
     """Logits (n, V) with what is known of their rows."""
-    finite, best = logits.isfinite().all(-1).tolist(), logits.argmax(-1).tolist()
+    wide = logits if logits.dtype == torch.float64 else logits.float()  # reductions of bf16 are slow on a CPU
+    finite, best = wide.sum(-1).isfinite().tolist(), wide.argmax(-1).tolist()  # NaN and infinity stay in a sum
     reads = []
     for row, (sequence, depth, record, survival, good) in enumerate(notes):
         what = "exit gate is" if not good else None if finite[row] else "logits are"
