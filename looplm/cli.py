@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from looplm.commands.benching import bench
 from looplm.commands.converting import retrofit
 from looplm.commands.generating import generate
 from looplm.commands.inspecting import trace
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "convert": convert,
     "verify": verify,
+    "bench": bench,
 }
 
 ENVIRONMENT = {

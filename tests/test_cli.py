@@ -115,6 +115,7 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["upcycle", "--help"], ["--layers", "--arrangement", "--loops", "--text"]),
         (["convert", "--help"], ["--output", "--dtype", "ChatML"]),
         (["verify", "--help"], ["--text", "--json"]),
+        (["bench", "--help"], ["--batches", "--exit-threshold", "--json"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
         (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
     ],
