@@ -120,7 +120,7 @@ class Sequence:
     @property
     def loops(self) -> int:
         """Full depth of this request."""
-        return self.options.num_loops
+        return int(self.options.max_loops)
 
     @property
     def tokens(self) -> list[int]:
