@@ -153,7 +153,13 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """One tick; gives the sequences that have a new token or have finished."""
+        """One tick; gives the sequences that have a new token or have finished.
+
+        Raises:
+            ValueError: loop hooks are set, which would see rows of different loops at once.
+        """
+        if self.model.model.loop_hooks:
+            raise ValueError("loop hooks are set, but the rows of a pass are in loops of their own; use generate")
         scheduler, runner = self.scheduler, self.runner
         scheduler.admit()
         starters = scheduler.starters()

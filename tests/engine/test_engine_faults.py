@@ -14,6 +14,7 @@ from tiny import tiny_config, tiny_model, tokens
 from looplm.engine import Engine, SamplingParams
 from looplm.engine.kv_pool import BLOCK
 from looplm.exits import Confidence, ExitRule, LoopView, QExit
+from looplm.model.hooks import loop_hook
 from looplm.model.modeling import OuroForCausalLM
 
 POLICIES = ["per_loop", "last"]
@@ -208,6 +209,13 @@ def test_reading_the_coda_in_an_adaptive_prompt_is_refused() -> None:
     params = SamplingParams(exit_rule=Confidence("kl", 0.5), prefill="adaptive")
     with pytest.raises(ValueError, match=r"Confidence reads the coda's output, .* use prefill='full'"):
         engine.add([3, 4], params)
+
+
+def test_loop_hooks_are_refused() -> None:
+    engine = Engine(MODEL, kv_bytes=1 << 20)
+    with loop_hook(MODEL, lambda state, loop: None), pytest.raises(ValueError, match="loop hooks are set"):
+        engine.generate([PROMPTS[0]], PARAMS)
+    blocks_are_free(engine)
 
 
 # --- cancelling ---
