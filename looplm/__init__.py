@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from looplm.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from looplm.engine.engine import Engine
+    from looplm.engine.sampling import SamplingParams
     from looplm.exits import ExitRule
     from looplm.model.configuration import OuroConfig
     from looplm.model.modeling import OuroForCausalLM
@@ -18,13 +20,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "looplm.engine.engine",
     "ExitRule": "looplm.exits",
     "OuroConfig": "looplm.model.configuration",
     "OuroForCausalLM": "looplm.model.modeling",
     "OuroModel": "looplm.model.stack",
+    "SamplingParams": "looplm.engine.sampling",
 }
 
-__all__ = ["ExitRule", "OuroConfig", "OuroForCausalLM", "OuroModel", "__version__"]
+__all__ = ["Engine", "ExitRule", "OuroConfig", "OuroForCausalLM", "OuroModel", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from looplm.commands.benching import bench
 from looplm.commands.converting import retrofit
 from looplm.commands.data import data
 from looplm.commands.generating import generate
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "verify": verify,
     "lab": lab,
+    "bench": bench,
 }
 
 ENVIRONMENT = {

@@ -77,6 +77,13 @@ class ExitTracker:
         self._previous_read = None if self._read is None else self._read[goes_on]
         return stops
 
+    def drop(self, gone: Tensor) -> None:
+        """Forget some of the active positions, (A,) bool: they go no further, and nothing more is recorded of them."""
+        stays = ~gone
+        self.active = self.active[stays]
+        self._previous_state = None if self._previous_state is None else self._previous_state[stays]
+        self._previous_read = None if self._previous_read is None else self._previous_read[stays]
+
     def _view(self, loop: int, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> LoopView:
         logit = gate_logit.float()
         early, last = loop < self._least[self.active], loop >= self._most[self.active]

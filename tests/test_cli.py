@@ -117,6 +117,7 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["verify", "--help"], ["--text", "--json"]),
         (["train", "--help"], ["a YAML recipe", "--output", "--dry-run"]),
         (["data", "--help"], ["{prepare}", "a YAML recipe", "--workers", "--anew"]),
+        (["bench", "--help"], ["--batches", "--exit-threshold", "--json"]),
         (["generate", "--help"], ["--prompt", "--exit-threshold", "--loops", "--json", "--seed"]),
         (["trace", "--help"], ["--prompt", "--html", "--json", "--loops", "--top-k"]),
         (["lab", "--help"], ["list", "Describe each task: what it asks"]),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplm.exit_tracker import ExitTracker
-from looplm.exits import FixedDepth, QExit, RecordedDepth, StateDifference
+from looplm.exits import Confidence, FixedDepth, QExit, RecordedDepth, StateDifference
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -82,6 +82,27 @@ def test_rules_that_compare_loops_have_a_predecessor_at_min_loops() -> None:
     )
     run(tracker, torch.zeros(3, 4), states)
     assert tracker.depths.tolist() == [2, 3, 3]
+
+
+def test_dropping_positions_leaves_the_others_as_they_are() -> None:
+    """Between loops some are forgotten: the rest compare with their own loop before, states and read-outs alike."""
+    generator = torch.Generator().manual_seed(0)
+    gates, states = torch.randn(6, 4, generator=generator), torch.randn(6, 4, 5, generator=generator)
+    gone = {1: [True, False, False, True, False, False], 2: [False, True, False, False]}
+    for rule in (StateDifference(2.5), Confidence("kl", 0.9), QExit(0.7)):
+        trackers = [ExitTracker(rule, torch.arange(6), torch.arange(6), 3, 4) for _ in range(2)]
+        for loop in range(1, 5):
+            for tracker, drops in zip(trackers, (gone, {}), strict=True):
+                active = tracker.active
+                tracker.step(loop, gates[active, loop - 1], states[active, loop - 1], lambda x: x.log_softmax(-1))
+                if loop in drops:
+                    tracker.drop(torch.tensor(drops[loop]))
+        kept = [1, 4, 5]
+        assert trackers[0].depths[kept].tolist() == trackers[1].depths[kept].tolist()
+        assert trackers[0].depths[[0, 2, 3]].tolist() == [0, 0, 0]
+        for name in ("log_probabilities", "log_survival"):
+            found, whole = (getattr(tracker, name)[kept] for tracker in trackers)
+            torch.testing.assert_close(found, whole, equal_nan=True)
 
 
 def test_recorded_depths_and_their_padding() -> None:

@@ -27,6 +27,11 @@ BUDGET_GAIN = 0.2
 """Threshold per loop that a row has under-spent: after n tokens its mean is within about 1 / (BUDGET_GAIN n) loops."""
 
 
+def budget_threshold(spare: Tensor) -> Tensor:
+    """The Q-exit threshold of rows that have spent `spare` loops less than their budget so far."""
+    return (0.5 + BUDGET_GAIN * spare).clamp(1e-3, 1.0)
+
+
 @dataclass(frozen=True)
 class DepthOptions:
     """How deep the tokens of one generation go; values are numbers or (B,) with one a row.
@@ -162,7 +167,7 @@ class DepthSession:
         spent = torch.cat([depths for depths, *_ in self.steps], dim=1).cpu()
         budget = torch.as_tensor(options.budget, dtype=torch.float64).cpu().reshape(-1, 1)
         spare = ((budget - spent) * (spent > 0)).sum(1)
-        return QExit((0.5 + BUDGET_GAIN * spare).clamp(1e-3, 1.0))
+        return QExit(budget_threshold(spare))
 
     def prompt_rule(self) -> ExitRule:
         """The rule of prompt positions in a freezing prefill."""

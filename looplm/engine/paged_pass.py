@@ -1,0 +1,128 @@
+"""One pass of the stack over rows of any length at any loop, with keys and values in the pool's pages.
+
+`PagedPass` stands where `PassContext` stands in `generate`: the model's own layers ask it for their memory. Each row
+has a position range of its own and reads the pages of the loop it is in, so rows in different loops share the pass.
+The pages of a row are gathered into one padded batch a layer, which any attention backend takes on any device; a mask
+hides what lies behind each query. (Measured against one attention call a row on views: see docs/engine.md.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from looplm.engine.kv_pool import BLOCK, TRASH
+from looplm.model.context import PassContext
+
+if TYPE_CHECKING:
+    from looplm.engine.kv_pool import KVPool
+    from looplm.model.layers import Memory
+    from looplm.model.stack import OuroModel
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where R rows of a pass read, `table` (R, n) pages, and write, `places` (R x S,) positions in the flat pages."""
+
+    table: Tensor
+    places: Tensor
+
+    @classmethod
+    def at(cls, table: Tensor, positions: Tensor, written: Tensor) -> Pages:
+        """Pages (R, n) of rows whose queries stand at `positions` (R, S); only `written` (R, S) bool are kept."""
+        block = (positions // BLOCK).clamp(max=table.shape[1] - 1)
+        places = table.gather(1, block) * BLOCK + positions % BLOCK
+        return cls(table, torch.where(written, places, TRASH * BLOCK).flatten())
+
+    def exchange(self, key: Tensor, value: Tensor, store: Tensor, pool: KVPool, longest: int) -> tuple[Tensor, Tensor]:
+        """Write (R, H_kv, S, D_h) into `store` (pages, BLOCK, 2, H_kv, D_h); give (R, H_kv, longest, D_h) to see."""
+        flat = store.flatten(0, 1)
+        flat[:, 0].index_copy_(0, self.places, key.transpose(1, 2).flatten(0, 1))
+        flat[:, 1].index_copy_(0, self.places, value.transpose(1, 2).flatten(0, 1))
+        seen = pool.gather(store, self.table.flatten()).unflatten(0, self.table.shape).flatten(1, 2)[:, :longest]
+        return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
+
+    def take(self, rows: Tensor, length: int) -> Pages:
+        """Those of some rows; `length` is S."""
+        return Pages(self.table[rows], self.places.view(-1, length)[rows].flatten())
+
+
+@dataclass
+class PagedPass(PassContext):
+    """R rows with S queries each; `looped` are the pages of the core, `once` those of prelude and coda."""
+
+    pool: KVPool = field(kw_only=True)
+    looped: Pages = field(kw_only=True)
+    once: Pages | None = field(kw_only=True)
+    longest: int = field(kw_only=True)
+
+    @classmethod
+    def over(
+        cls, core: OuroModel, pool: KVPool, slots: Tensor, loops: Tensor, positions: Tensor, written: Tensor
+    ) -> PagedPass:
+        """A pass over rows in the pool.
+
+        Args:
+            slots, loops: (R,) each row's place in the tables and the loop it runs, from 1.
+            positions: (R, S) int64.
+            written: (R, S) bool; keys of the others are dropped (padding, and positions past their exit).
+        """
+        weight = core.embed_tokens.weight
+        longest = int(positions.max()) + 1
+        count = -(-longest // BLOCK)
+        edges = core.config.num_prelude_layers + core.config.num_coda_layers
+        once = Pages.at(pool.edge_tables[slots, :count], positions, written) if edges else None
+        return cls(
+            rotary=core.rotary_emb(positions, weight.dtype),
+            mask=_mask(positions, longest, weight.dtype),
+            positions=positions,
+            valid=None,
+            cache=None,
+            past_length=0,
+            length=positions.shape[1],
+            num_prelude_layers=core.config.num_prelude_layers,
+            num_core_layers=core.config.num_hidden_layers,
+            core_input=weight,  # set by OuroModel.begin, or by the runner
+            pool=pool,
+            looped=Pages.at(pool.tables[slots, loops - 1, :count], positions, written),
+            once=once,
+            longest=longest,
+        )
+
+    def memory(self, layer: int, loop: int) -> Memory:
+        """Where layer `layer` keeps its keys and values; each row's own loop is in its pages, `loop` says nothing."""
+        index = layer - self.num_prelude_layers
+        if 0 <= index < self.num_core_layers:
+            return partial(self.looped.exchange, store=self.pool.core[index], pool=self.pool, longest=self.longest)
+        assert self.once is not None
+        edge = layer if index < 0 else layer - self.num_core_layers
+        return partial(self.once.exchange, store=self.pool.edge[edge], pool=self.pool, longest=self.longest)
+
+    def select(self, rows: Tensor) -> PagedPass:
+        """The same pass for some rows, (n,) indices or (R,) bool."""
+        cos, sin = self.rotary
+        return replace(
+            self,
+            rotary=(cos[rows], sin[rows]),
+            mask=None if self.mask is None else self.mask[rows],
+            positions=self.positions[rows],
+            looped=self.looped.take(rows, self.length),
+            once=None if self.once is None else self.once.take(rows, self.length),
+        )
+
+    def writing(self, table: Tensor, written: Tensor) -> PagedPass:
+        """The same pass a loop later: other pages (R, n) of the core, and fewer positions that are written."""
+        return replace(self, looped=Pages.at(table, self.positions, written))
+
+
+def _mask(positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None:
+    """(R, 1, S, longest), 0 where a query at `positions` (R, S) may look and -inf elsewhere; None: everywhere."""
+    if int(positions.min()) == longest - 1:
+        return None
+    hidden = torch.arange(longest, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill(hidden, -math.inf)
