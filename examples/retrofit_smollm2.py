@@ -34,7 +34,7 @@ from looplm.model.modeling import OuroForCausalLM
 from looplm.model.retrofitting import block_influence, choose_core, retrofit
 from looplm.model.saving import Provenance, require_new_folder, write_model
 from looplm.model.text import continue_text
-from looplm.training.acceleration import choose_autocast
+from looplm.training.acceleration import choose_autocast, compile_layers
 from looplm.training.evaluation import LoopEvaluation, evaluate_loops
 from looplm.training.planning import plan
 from looplm.training.recipe import Recipe
@@ -217,8 +217,8 @@ def evaluate(model: OuroForCausalLM, validation: dict[str, Windows]) -> list[flo
 
 
 def write(model: OuroForCausalLM, tokenizer: Any, loops: int | None = None) -> list[str]:
-    """Greedy continuations of the prompts."""
-    model.eval()
+    """Greedy continuations of the prompts, by layers that are not compiled: every length would be compiled anew."""
+    compile_layers(model.eval(), "off")
     return [
         prompt + "".join(piece for piece, _ in continued.tokens)
         for prompt in PROMPTS
