@@ -82,5 +82,5 @@ def test_import_orders(code: str, checkpoint: Path) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'Ouro'; it has ExitRule"):
+    with pytest.raises(AttributeError, match="no attribute 'Ouro'; it has Engine, ExitRule"):
         _ = looplm.Ouro

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -131,7 +132,8 @@ def test_an_interrupted_command_keeps_finished_runs(tmp_path):
         "vary: {steps: [4, 100000]}\nseeds: 1\n"
     )
     command = [sys.executable, "-m", "looplm", "lab", "run", str(grid), "--workers", "1", "--output", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs would ignore it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 240
     while not (out / FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
