@@ -13,60 +13,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from small_run import read_lines, small_recipe, small_values
 from transformers import GPT2Config
-from transformers.utils import logging
 
 import looplm
-from looplm import cli
 from looplm.commands import generating
 from looplm.training.run import train
 from looplm.training.tracking import read_metrics
 
 ROOT = Path(looplm.__file__).parent.parent
 HEAVY = ("torch", "transformers", "grain", "datasets", "numpy", "looplm.exits", "looplm.training.run")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    """What `main` sets in the environment comes too late for a transformers that other tests have loaded."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
-
-
-@pytest.fixture
-def looplm_command(monkeypatch, capfd):
-    """Runs `looplm ARGUMENTS` in this process; gives (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        for name, value in cli.ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["looplm", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(looplm_command):
-    """Runs a command that must fail with exit code 2 and one line; gives the line."""
-
-    def run(*arguments) -> str:
-        code, out, err = looplm_command(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("looplm: ") and err.endswith("\n") and err.count("\n") == 1, err
-        return err.removeprefix("looplm: ").strip()
-
-    return run
 
 
 def write_recipe(folder: Path, **sections) -> Path:

@@ -1,28 +1,17 @@
 """`looplm lab list` as a person meets it."""
 
-import sys
-
 import pytest
 
-from looplm import cli
 from looplm.lab.tasks import TASKS, make_task
 
 
 @pytest.fixture
-def lab(monkeypatch, capfd):
-    """Runs `looplm lab ARGUMENTS` in this process; gives (exit code, words on standard output, standard error)."""
+def lab(looplm_command, monkeypatch):
+    """Runs `looplm lab ARGUMENTS`; gives (exit code, words on standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "100")
 
     def run(*arguments):
-        for name, value in cli.ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["looplm", "lab", *arguments])
-        monkeypatch.setenv("COLUMNS", "100")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capfd.readouterr()
+        code, out, err = looplm_command("lab", *arguments)
         return code, " ".join(out.split()), err
 
     return run

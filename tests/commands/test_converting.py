@@ -2,32 +2,18 @@
 
 import json
 import re
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from small_gguf import small_llama, write_gguf
 from transformers import GPT2Config
-from transformers.utils import logging
 
-from looplm import cli
 from looplm.data.tokenizers import train_bpe
 from looplm.model.loading import load_model
 
 TEXT = "the loop goes round the 12 loops, and the gate opens at loop 3, or never. " * 4
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """What `main` sets in the environment comes too late for a transformers that is loaded already."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -43,23 +29,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def retrofit(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs `looplm retrofit` in the folder; gives (exit code, stdout, stderr)."""
+def retrofit(looplm_command, monkeypatch, folder):
+    """Runs `looplm retrofit ARGUMENTS` in the folder; gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        for name, value in cli.ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["looplm", "retrofit", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return run
+    return partial(looplm_command, "retrofit")
 
 
 @torch.no_grad()

@@ -2,33 +2,21 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from small_run import small_values
 
-from looplm import cli
 from looplm.data.shards import open_corpus
 
 
 @pytest.fixture
-def data_prepare(monkeypatch, capfd):
-    """Runs `looplm data prepare ARGUMENTS` in this process; gives (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["looplm", "data", "prepare", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capfd.readouterr()
-
-    return run
+def data_prepare(looplm_command, monkeypatch):
+    """Runs `looplm data prepare ARGUMENTS`; gives (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "100")
+    return partial(looplm_command, "data", "prepare")
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """`looplm trace` from end to end: table, page and JSON, and one line with nothing written for a bad input."""
 
 import re
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from small_run import small_model
-from transformers.utils import logging
 
-from looplm import cli
 from looplm.data.tokenizers import train_bpe
 from looplm.model.loading import load_model
 from looplm.model.trace_page import trace_page
@@ -17,18 +15,6 @@ from looplm.model.tracing import Trace, trace
 
 FIELDS = ("next_loss", "entropy", "kl_to_final", "hazard", "exit_probability", "change", "cosine")
 TEXT = "the loop goes round, and the gate opens. "
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    """What `main` sets in the environment comes too late for a transformers that is loaded already."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +28,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def looplm_trace(monkeypatch, capfd):
-    """Runs `looplm trace ARGUMENTS` in this process; gives (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "110")
-        monkeypatch.setattr(sys, "argv", ["looplm", "trace", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return run
+def looplm_trace(looplm_command, monkeypatch):
+    """Runs `looplm trace ARGUMENTS`; gives (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "110")
+    return partial(looplm_command, "trace")
 
 
 def test_a_trace_is_shown_and_written(looplm_trace, model, tmp_path):

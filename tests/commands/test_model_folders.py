@@ -1,28 +1,13 @@
 """`looplm upcycle`, `convert` and `verify` from end to end: tables, folders, exit codes, and nothing half-written."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from sound_model import TEXT, save, sound_model
-from transformers.utils import logging
 
-from looplm import cli
 from looplm.model.loading import load_model
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """What `main` sets in the environment comes too late for a transformers that is loaded already."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -36,24 +21,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def looplm(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def looplm(looplm_command, monkeypatch, folder):
     """Runs a command in the folder; gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        for name, value in cli.ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["looplm", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capfd.readouterr()
-
-    return run
+    monkeypatch.setenv("COLUMNS", "200")
+    return looplm_command
 
 
 @pytest.fixture

@@ -1,30 +1,16 @@
 """`looplm bench` from end to end: real numbers in the table and the JSON, and one line for every bad input."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from small_run import small_model
-from transformers.utils import logging
 
-from looplm import cli
 from looplm.data.tokenizers import train_bpe
 
 TEXT = "the loop goes round, and the gate opens. "
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    """What `main` sets in the environment comes too late for a transformers that is loaded already."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +24,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def looplm_bench(monkeypatch, capfd):
-    """Runs `looplm bench ARGUMENTS` in this process; gives (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "110")
-        monkeypatch.setattr(sys, "argv", ["looplm", "bench", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return run
+def looplm_bench(looplm_command, monkeypatch):
+    """Runs `looplm bench ARGUMENTS`; gives (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "110")
+    return partial(looplm_command, "bench")
 
 
 SMALL = ("--batches", "1", "3", "--prompt-tokens", "20", "--max-tokens", "8")
