@@ -36,9 +36,9 @@ class OuroRMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D), same dtype."""
         wide = hidden.to(_wide(hidden.dtype))
-        if bound_by_memory(hidden, self.weight) and hidden.numel() == len(self.weight):
+        if bound_by_memory(hidden, self.weight) and hidden.numel() == self.weight.shape[0]:
             flat = wide.view(-1)  # one row in decoding: five small operations instead of nine
-            scale = (torch.dot(flat, flat).item() / len(flat) + self.variance_epsilon) ** -0.5
+            scale = (torch.dot(flat, flat).item() / flat.shape[0] + self.variance_epsilon) ** -0.5
             return self.weight * (wide * scale).to(hidden.dtype)
         normed = nn.functional.rms_norm(wide, wide.shape[-1:], None, self.variance_epsilon)
         return self.weight * normed.to(hidden.dtype)

@@ -33,7 +33,7 @@ def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     if not torch.compiler.is_compiling() and all(map(_untouched, linears)):
         weights = [cast("OuroLinear", linear).weight for linear in linears]
         if bound_by_memory(x, weights[0]):
-            return product(x, side_by_side(weights)).split([len(weight) for weight in weights], dim=-1)
+            return product(x, side_by_side(weights)).split_with_sizes([weight.shape[0] for weight in weights], dim=-1)
     return [linear(x) for linear in linears]
 
 
@@ -79,12 +79,13 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
         if weight.data_ptr() != expected or weight.untyped_storage().data_ptr() != home:
             return _join(weights)
         expected += weight.nbytes
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
+    rows, inputs = sum(weight.shape[0] for weight in weights), first.shape[1]
+    return first.as_strided((rows, inputs), (inputs, 1))
 
 
 def _join(weights: Sequence[Tensor]) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         joined = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        for weight, part in zip(weights, joined.split([weight.shape[0] for weight in weights]), strict=True):
             weight.data = part
     return joined
