@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from looplm.data.gguf import load_gguf, smollm2_file
 from looplm.data.tokenizers import load_tokenizer
+from looplm.model.loading import first_line
 
 SUPPORTED = {"llama": "Llama (and SmolLM2)", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """`model_type` of the architectures that can be retrofitted, and what people call them."""
@@ -39,7 +40,7 @@ def load_dense(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"{source} has no config.json that can be read ({_first_line(error)})") from None
+        raise ValueError(f"{source} has no config.json that can be read ({first_line(error)})") from None
     try:
         check_dense(config)
         tokenizer = load_tokenizer(source)
@@ -47,7 +48,7 @@ def load_dense(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             source, config=config, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{source}: {_first_line(error)}") from None
+        raise ValueError(f"{source}: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -78,7 +79,3 @@ def check_dense(config: PreTrainedConfig) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise ValueError(f"{name} is true; biases are supported on the q, k and v of Qwen2 only")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

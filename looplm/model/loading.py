@@ -36,7 +36,7 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> tuple[Our
         )
         model, report = cast("tuple[OuroForCausalLM, dict[str, Any]]", loaded)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{name_or_path} is not a complete model folder: {_first_line(error)}") from None
+        raise ValueError(f"{name_or_path} is not a complete model folder: {first_line(error)}") from None
     finally:
         quiet.setLevel(level)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -62,7 +62,7 @@ def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
         raise ValueError(
             f"{name_or_path} has no tokenizer that can be read: save one there with save_pretrained "
-            f"({_first_line(error).rstrip(': ')})"
+            f"({first_line(error).rstrip(': ')})"
         ) from None
 
 
@@ -79,7 +79,7 @@ def load_config(name_or_path: str) -> OuroConfig:
         values, _ = OuroConfig.get_config_dict(name_or_path)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         if folder.is_dir():
-            raise ValueError(f"{name_or_path}/config.json cannot be read: {_first_line(error)}") from None
+            raise ValueError(f"{name_or_path}/config.json cannot be read: {first_line(error)}") from None
         raise ValueError(f"no such model: {name_or_path} is neither a folder here nor reachable on the hub") from error
     if not isinstance(values, dict) or values.get("model_type") != "ouro":
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
@@ -87,8 +87,9 @@ def load_config(name_or_path: str) -> OuroConfig:
     try:
         return OuroConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:  # the latter two from fields that transformers reads
-        raise ValueError(f"{name_or_path}/config.json: {_first_line(error)}") from None
+        raise ValueError(f"{name_or_path}/config.json: {first_line(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

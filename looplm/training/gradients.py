@@ -13,10 +13,10 @@ from torch import Tensor
 from looplm.exits import entropy, exit_log_probabilities, expected_depth
 from looplm.model.modeling import OuroForCausalLM
 from looplm.objectives.loop_regulariser import loop_regulariser
+from looplm.objectives.token_losses import IGNORED
 from looplm.training.recipe import Stage
 
 Batch = dict[str, Tensor]
-IGNORED = -100
 
 
 @dataclass(frozen=True)
