@@ -159,7 +159,7 @@ def test_another_recipe_is_refused_with_the_differences_and_nothing_changes(whol
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_path):
     killed = runs(tmp_path)
-    code, _ = killed.run(Moment(STEP, 11))  # stage 2, step 3, after the checkpoint of its step 2
+    code, _ = killed.run(Moment(f"{FILE}:Checkpoints._finish", 6, "after"))  # stage 1 has five, this is 002-00000002
     assert code == -signal.SIGKILL
     *_, before, last = Checkpoints(killed.output / "checkpoints").names()
     assert (before, last) == ("002-00000000", "002-00000002")
@@ -208,7 +208,7 @@ def test_two_runs_never_write_to_the_same_folder(whole):
 
 def test_missing_records_are_refused(tmp_path):
     killed = runs(tmp_path)
-    assert killed.run(Moment(STEP, 4))[0] == -signal.SIGKILL
+    assert killed.run(Moment(f"{FILE}:Checkpoints._finish", 2, "after"))[0] == -signal.SIGKILL  # of step 2
     os.truncate(killed.output / "metrics.jsonl", 10)
     code, said = killed.run()
     assert code == 2 and "metrics.jsonl has 10 bytes, but had " in said and "put it back" in said
