@@ -18,7 +18,7 @@ loop and of the head measured in the same run. A confidence rule pays the head i
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 PROMPT = 16
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="also the 1.4B shape")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=8, help="tokens a turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 16))
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -69,10 +69,7 @@ def _full_depth(model, options) -> None:  # type: ignore[no-untyped-def]
     print(f"{'batch':>6} {'plain tok/s':>12} {'ours tok/s':>11} {'speed-up':>9} {'ours GB/s':>10}")
     for batch in options.batches:
         ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
-        plain, ours = float("inf"), float("inf")
-        for _ in range(options.turns):
-            plain = min(plain, _seconds_a_token(partial(_plain_decode, model, ids), options.tokens))
-            ours = min(ours, _seconds_a_token(partial(_generate, model, ids), options.tokens))
+        plain, ours = _seconds_a_token([partial(_plain_decode, model, ids), partial(_generate, model, ids)], options)
         read = _bytes_a_token(model) / ours / 1e9
         print(f"{batch:6} {batch / plain:12.1f} {batch / ours:11.1f} {plain / ours:8.2f}x {read:10.1f}")
 
@@ -85,14 +82,9 @@ def _early_exit(model, options) -> None:  # type: ignore[no-untyped-def]
 
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT))
     loops = model.config.total_ut_steps
-    depths = torch.arange(1, loops + 1)
-    best = dict.fromkeys(depths.tolist(), float("inf"))
-    confident = float("inf")
-    for _ in range(options.turns):
-        for m in best:
-            best[m] = min(best[m], _seconds_a_token(partial(_generate, model, ids, rule=FixedDepth(m)), options.tokens))
-        rule = Confidence("max_probability", 1.0)  # never sure: all loops, and a read-out after each
-        confident = min(confident, _seconds_a_token(partial(_generate, model, ids, rule=rule), options.tokens))
+    rules = [*map(FixedDepth, range(1, loops + 1)), Confidence("max_probability", 1.0)]  # the last is never sure
+    *fixed, confident = _seconds_a_token([partial(_generate, model, ids, rule=rule) for rule in rules], options)
+    best = dict(enumerate(fixed, start=1))
     head = _cold_seconds(model)
     loop = (best[loops] - best[1]) / (loops - 1)
     print(f"loop {loop * 1e3:.1f} ms, head {head * 1e3:.1f} ms: the head is {head / loop:.2f} of a loop")
@@ -115,14 +107,19 @@ def _generate(model, ids, tokens, rule=None):  # type: ignore[no-untyped-def]
     )
 
 
-def _seconds_a_token(decode: Callable[[int], object], tokens: int) -> float:
-    """Cost of a new token without that of the prompt: a long run less a run of one token."""
-    began = time.perf_counter()
-    decode(1)
-    prompt = time.perf_counter() - began
-    began = time.perf_counter()
-    decode(tokens + 1)
-    return (time.perf_counter() - began - prompt) / tokens
+def _seconds_a_token(decoders: Sequence[Callable[[int], object]], options) -> list[float]:  # type: ignore[no-untyped-def]
+    """Cost of a new token without that of the prompt: the best long run less the best run of one token.
+
+    The decoders take turns. Each run has its own best: the best *difference* would be the turn whose prompt was slow.
+    """
+    long, short = ([float("inf")] * len(decoders) for _ in range(2))
+    for _ in range(options.turns):
+        for index, decode in enumerate(decoders):
+            for best, tokens in ((short, 1), (long, options.tokens + 1)):
+                began = time.perf_counter()
+                decode(tokens)
+                best[index] = min(best[index], time.perf_counter() - began)
+    return [(most - least) / options.tokens for most, least in zip(long, short, strict=True)]
 
 
 def _cold_seconds(model) -> float:  # type: ignore[no-untyped-def]
