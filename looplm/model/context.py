@@ -6,6 +6,7 @@ decoding, `take` narrows it to the rows that are still looping.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -17,6 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from looplm.model.cache import LoopCache
 
 if TYPE_CHECKING:
+    from looplm.model.few_rows import FewRows
     from looplm.model.layers import Memory
     from looplm.model.stack import OuroModel
 
@@ -27,7 +29,8 @@ class PassContext:
 
     `rows` is None while all rows take part, else the (R,) rows that still loop; tensors are already narrowed to them.
     In a freezing pass `active` (B, S) says which positions still loop, and `kept` holds, a core layer, the keys and
-    values that the loop before offered: those of positions past their exit stay.
+    values that the loop before offered: those of positions past their exit stay. `few` holds the weights of the layers
+    from a number on where they can be taken without calling the layers, found once a pass.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -43,6 +46,7 @@ class PassContext:
     rows: Tensor | None = None
     active: Tensor | None = None
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    few: dict[int, Sequence[FewRows] | None] = field(default_factory=dict)
 
     @classmethod
     def build(

@@ -14,13 +14,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from looplm.model.configuration import OuroConfig
-from looplm.model.projections import OuroLinear, bound_by_memory, project
+from looplm.model.projections import OuroLinear
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64: the dtype of everything that must not be rounded."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -35,11 +35,7 @@ class OuroRMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D), same dtype."""
-        wide = hidden.to(_wide(hidden.dtype))
-        if bound_by_memory(hidden, self.weight) and hidden.numel() == self.weight.shape[0]:
-            flat = wide.view(-1)  # one row in decoding: five small operations instead of nine
-            scale = (torch.dot(flat, flat).item() / flat.shape[0] + self.variance_epsilon) ** -0.5
-            return self.weight * (wide * scale).to(hidden.dtype)
+        wide = hidden.to(wide_dtype(hidden.dtype))
         normed = nn.functional.rms_norm(wide, wide.shape[-1:], None, self.variance_epsilon)
         return self.weight * normed.to(hidden.dtype)
 
@@ -58,8 +54,8 @@ class OuroRotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, S) positions to cos and signed sin (-sin, sin), each (B, 1, S, D_h) of `dtype`; theta^(-2i / D_h)."""
         head_dim = self.config.head_dim or 0
-        exponent = torch.arange(0, head_dim, 2, dtype=_wide(dtype), device=positions.device) / head_dim
-        angles = positions[:, None, :, None].to(_wide(dtype)) * self.config.rope_theta**-exponent
+        exponent = torch.arange(0, head_dim, 2, dtype=wide_dtype(dtype), device=positions.device) / head_dim
+        angles = positions[:, None, :, None].to(wide_dtype(dtype)) * self.config.rope_theta**-exponent
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -85,7 +81,7 @@ def eager_attention(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=_wide(query.dtype)).to(query.dtype)
+    weights = scores.softmax(-1, dtype=wide_dtype(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -117,8 +113,8 @@ class OuroAttention(nn.Module):
     ) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
-        projected = project(hidden, self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in projected)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (project(hidden).view(shape).transpose(1, 2) for project in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -143,8 +139,7 @@ class OuroMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        gate, up = project(hidden, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act(gate) * up)
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class OuroDecoderLayer(nn.Module):

@@ -2,13 +2,13 @@
 
 A decode step reads every weight of the stack once a loop and does next to nothing with it, so its time is that of the
 reading. Three things bring it close to what memory gives: a matrix-vector product, or W x^T for a few rows, instead of
-x W^T; one product for the projections that share an input (q, k, v; gate, up); and few small operations in between.
+x W^T; one product for the projections that share an input (q, k, v; gate, up); and few calls in between. The last two
+are `looplm.model.few_rows`'.
 Names, shapes and numbers are those of separate `nn.Linear` layers; elsewhere, and where gradients are taken, so is the
 arithmetic.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +26,6 @@ class OuroLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
         return product(x, self.weight) if bound_by_memory(x, self.weight) else super().forward(x)
-
-
-def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """Several projections of the same (..., inputs); few rows on a CPU meet all their weights in one product."""
-    if not torch.compiler.is_compiling() and all(map(_untouched, linears)):
-        weights = [cast("OuroLinear", linear).weight for linear in linears]
-        if bound_by_memory(x, weights[0]):
-            return product(x, side_by_side(weights)).split_with_sizes([weight.shape[0] for weight in weights], dim=-1)
-    return [linear(x) for linear in linears]
-
-
-def _untouched(linear: nn.Module) -> bool:
-    """No adapter, no hook, no replaced forward: the weight says all."""
-    return type(linear) is OuroLinear and not (
-        linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    )
 
 
 def bound_by_memory(x: Tensor, weight: Tensor) -> bool:

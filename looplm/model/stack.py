@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from looplm.model import few_rows
 from looplm.model.cache import LoopCache
 from looplm.model.configuration import OuroConfig
 from looplm.model.context import PassContext
@@ -70,13 +71,25 @@ class OuroModel(OuroPreTrainedModel):
         before = state
         if self.config.input_injection == "add" and loop > 1:
             state = state + context.core_input
-        for index, layer in enumerate(self.layers, start=self.config.num_prelude_layers):
-            state = layer(state, context.rotary, context.mask, context.memory(index, loop))
+        state = self._through(self.layers, self.config.num_prelude_layers, state, context, loop)
         if self.config.loop_norm:
             state = self.norm(state)
         if self.loop_hooks:
             state = apply_hooks(self, before, state, context, loop)
         return state, self.gate(state, context)
+
+    def _through(self, layers: nn.ModuleList, first: int, state: Tensor, context: PassContext, loop: int) -> Tensor:
+        """(R, S, D) through some layers; `first` is the number of the first, prelude, core and coda counted through."""
+        if first not in context.few:
+            context.few[first] = few_rows.gather(layers, state)
+        few = context.few[first]
+        if few is not None:
+            for index, weights in enumerate(few, start=first):
+                state = few_rows.step(weights, state, context.rotary, context.mask, context.memory(index, loop))
+            return state
+        for index, layer in enumerate(layers, start=first):
+            state = layer(state, context.rotary, context.mask, context.memory(index, loop))
+        return state
 
     def gate(self, state: Tensor, context: PassContext) -> Tensor:
         """Gate logits (R, S) of states (R, S, D), in fp32 under autocast too (section 3.2)."""
@@ -90,8 +103,7 @@ class OuroModel(OuroPreTrainedModel):
     def begin(self, context: PassContext, embedded: Tensor) -> Tensor:
         """Run the prelude on the embeddings (B, S, D): the core's input, state 0."""
         if self.config.num_prelude_layers:
-            for index, layer in enumerate(self.prelude):
-                embedded = layer(embedded, context.rotary, context.mask, context.memory(index, 1))
+            embedded = self._through(self.prelude, 0, embedded, context, 1)
         context.core_input = embedded
         return embedded
 
@@ -99,9 +111,7 @@ class OuroModel(OuroPreTrainedModel):
         """What the head reads of a state (R, S, D): the normed state, or the coda's normed output."""
         if self.config.num_coda_layers:
             first = self.config.num_prelude_layers + self.config.num_hidden_layers
-            for index, layer in enumerate(self.coda, start=first):
-                state = layer(state, context.rotary, context.mask, context.memory(index, 1))
-            return self.coda_norm(state)
+            return self.coda_norm(self._through(self.coda, first, state, context, 1))
         return state if self.config.loop_norm else self.norm(state)
 
     def run(self, embedded: Tensor, context: PassContext, num_loops: int) -> tuple[list[Tensor], Tensor | None]:

@@ -1,0 +1,130 @@
+"""A layer over one new position of a few rows on a CPU, in as few calls as it takes (benchmarks/decode.py).
+
+A decode step reads every weight of the stack once a loop and does next to nothing with it. Its time is that of the
+reading, and of the calls in between: each reading throws whatever a call needs out of the caches, so a call costs
+several times what it costs in a loop of its own. The arithmetic is that of `OuroDecoderLayer` (Ouro section 4.1), to
+the rounding of sums. Three things differ: the projections that share an input (q, k, v; gate, up) are one product, q
+and k are turned together, and no module is called: one that has a hook, an adapter or another forward is served by the
+layers themselves, and so are gradients, other devices and other attention backends.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from looplm.model.layers import Memory, OuroDecoderLayer, OuroRMSNorm, wide_dtype
+from looplm.model.projections import OuroLinear, bound_by_memory, product, side_by_side
+
+
+class FewRows(NamedTuple):
+    """The weights of a layer as `step` takes them; `qkv` and `gate_up` are views of those side by side."""
+
+    layer: OuroDecoderLayer
+    before_attention: Tensor
+    qkv: Tensor
+    out: Tensor
+    after_attention: Tensor | None
+    before_mlp: Tensor
+    gate_up: Tensor
+    down: Tensor
+    after_mlp: Tensor | None
+
+
+def gather(layers: Iterable[nn.Module], hidden: Tensor) -> Sequence[FewRows] | None:
+    """The weights of some layers for `step` on states like (R, 1, D); None where the layers are to be called."""
+    found = []
+    for layer in layers:
+        if not isinstance(layer, OuroDecoderLayer) or not _serves(layer, hidden):
+            return None
+        attention, mlp = layer.self_attn, layer.mlp
+        found.append(
+            FewRows(
+                layer,
+                layer.input_layernorm.weight,
+                side_by_side([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+                attention.o_proj.weight,
+                layer.input_layernorm_2.weight if layer.sandwich else None,
+                layer.post_attention_layernorm.weight,
+                side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]),
+                mlp.down_proj.weight,
+                layer.post_attention_layernorm_2.weight if layer.sandwich else None,
+            )
+        )
+    return found
+
+
+def _serves(layer: OuroDecoderLayer, hidden: Tensor) -> bool:
+    """One position a row, few rows, on a CPU, without gradients; and the weights say all there is to say."""
+    config = layer.self_attn.config
+    if hidden.shape[1] != 1 or config._attn_implementation != "sdpa" or config.qk_norm or config.qkv_bias:
+        return False
+    if layer.training or not bound_by_memory(hidden, layer.self_attn.o_proj.weight):
+        return False
+    return all(_untouched(module) for module in layer.modules() if module is not layer.mlp.act)
+
+
+_OWN = (OuroDecoderLayer, OuroRMSNorm, OuroLinear)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """No adapter around it, no hook on it, no replaced forward."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return False
+    return type(module) in _OWN or type(module).__module__ == OuroDecoderLayer.__module__
+
+
+def step(
+    weights: FewRows, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Memory | None
+) -> Tensor:
+    """What the layer makes of (R, 1, D); arguments as `OuroDecoderLayer.forward`."""
+    layer, state = weights.layer, hidden[:, 0]
+    attention, eps = layer.self_attn, layer.input_layernorm.variance_epsilon
+    mixed = _attend(weights, attention.head_dim, _norm(state, weights.before_attention, eps), rotary, mask, memory)
+    mixed = _few(mixed, weights.out)
+    state = state + (mixed if weights.after_attention is None else _norm(mixed, weights.after_attention, eps))
+    gate, up = _few(_norm(state, weights.before_mlp, eps), weights.gate_up).chunk(2, dim=-1)
+    mixed = _few(layer.mlp.act(gate).mul_(up), weights.down)
+    return (state + (mixed if weights.after_mlp is None else _norm(mixed, weights.after_mlp, eps)))[:, None]
+
+
+def _attend(
+    weights: FewRows,
+    head_dim: int,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    memory: Memory | None,
+) -> Tensor:
+    """(R, D) to (R, H x D_h), before the output projection."""
+    rows, queries = x.shape[0], weights.out.shape[1]
+    turned = queries + (weights.qkv.shape[0] - queries) // 2
+    projected = _few(x, weights.qkv)
+    heads = projected[:, :turned].view(rows, -1, 1, head_dim)
+    cos, sin = rotary
+    half = head_dim // 2
+    heads = heads * cos + torch.cat((heads[..., half:], heads[..., :half]), dim=-1) * sin
+    query, key = heads.split_with_sizes((queries // head_dim, (turned - queries) // head_dim), dim=1)
+    value = projected[:, turned:].view(rows, -1, 1, head_dim)
+    if memory is not None:
+        key, value = memory(key, value)
+    grouped = query.shape[1] != key.shape[1]
+    scale = weights.layer.self_attn.scaling
+    return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped).view(rows, -1)
+
+
+def _few(x: Tensor, weight: Tensor) -> Tensor:
+    """(R, inputs) to (R, outputs)."""
+    return torch.mv(weight, x[0])[None] if x.shape[0] == 1 else product(x, weight)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of (R, D) as `OuroRMSNorm`, whose composite takes half again as many calls."""
+    wide = x.to(wide_dtype(x.dtype))
+    if x.shape[0] == 1:
+        flat = wide[0]
+        return (wide * (cast(float, torch.dot(flat, flat).item()) / flat.shape[0] + eps) ** -0.5).to(x.dtype) * weight
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype) * weight
