@@ -38,8 +38,7 @@ class Reading(Section):
     """A number of a run."""
 
     measure: Measure = "score"
-    """Share of exact matches, nats a graded target, mean probability of exiting after the loop, Capo's R, or the mean
-    loops of an exit rule."""
+    """Exact matches, nats a graded target, mean probability of exiting after the loop, Capo's R, loops of a rule."""
     loop: Annotated[int, Field(ge=1)] | Literal["last"] = "last"
     """The loop read; `last` is the last one trained."""
     difficulty: int | None = None
@@ -135,7 +134,7 @@ class Claim(Section):
     contrasts: list[Contrast] = Field(default_factory=list)
     testable: Testable | None = None
     quick: bool = False
-    """Part of the reduced ledger."""
+    """Part of the reduced ledger, by its contrasts under the first condition."""
 
     @model_validator(mode="after")
     def _evidence(self) -> "Claim":
@@ -153,6 +152,8 @@ class Claim(Section):
             if other:
                 raise ValueError(f"claim {self.name}: arm {arm!r} changes {other[0]}, which is not under varies")
         known = self.runs()
+        if self.quick and not self.shortened().contrasts:
+            raise ValueError(f"claim {self.name}: quick needs a contrast under the first condition")
         self._check_sides(known)
         self._check_readings(known)
         return self
@@ -229,9 +230,16 @@ class Claim(Section):
         }
 
     def shortened(self) -> "Claim":
-        """For the reduced ledger: the first seeds, and the middle one of the learning rates unswept."""
-        rate = sorted(self.learning_rates)[len(self.learning_rates) // 2]
-        return self.model_copy(update={"seeds": self.seeds[:QUICK_SEEDS], "learning_rates": [rate]})
+        """For the reduced ledger: the first condition and seeds, and the middle one of the learning rates unswept."""
+        first, rates = next(iter(self.conditions)), sorted(self.learning_rates)
+        changes = {
+            "conditions": {first: self.conditions[first]},
+            "contrasts": [c for c in self.contrasts if c.left.condition == c.right.condition == first],
+            "testable": self.testable if self.testable and self.testable.condition == first else None,
+            "seeds": self.seeds[:QUICK_SEEDS],
+            "learning_rates": [rates[len(rates) // 2]],
+        }
+        return self.model_copy(update=changes)
 
 
 class _File(Section):
@@ -310,10 +318,8 @@ def value_of(rows: Iterable[Mapping[str, Any]], reading: Reading, side: Side | N
 def best_rates(claim: Claim, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, float] | None:
     """The learning rate of each arm: the best of the sweep by the claim's reading, the lower one where two are equal.
 
-    One that diverged to no number is the worst.
-
     Args:
-        runs: rows by the key of their run.
+        runs: rows by the key of their run; one that diverged to no number is the worst.
 
     Returns: None while a run of the sweep is missing.
     """

@@ -197,3 +197,16 @@ def test_what_is_done_is_not_missing():
 def test_the_reduced_ledger_takes_three_seeds_and_the_middle_rate():
     short = claim(learning_rates=[0.001, 0.01, 0.003]).shortened()
     assert short.seeds == SEEDS[:3] and short.learning_rates == [0.003] and short.sweep() == {}
+
+
+def test_the_reduced_ledger_takes_the_first_condition():
+    conditions = {"short": {"symbols_a_row": 16}, "long": {"symbols_a_row": 24}}
+    contrasts = [
+        {"left": {"arm": "two", "condition": left}, "right": {"arm": "one", "condition": right}, "margin": 0.1}
+        for left, right in (("short", "short"), ("short", "long"), ("long", "long"))
+    ]
+    short = claim(conditions=conditions, contrasts=contrasts, quick=True).shortened()
+    assert set(short.runs()) == {("two", "short"), ("one", "short")}
+    assert [contrast.label for contrast in short.contrasts] == ["two (short) > one (short)"]
+    with pytest.raises(ValueError, match="quick needs a contrast under the first condition"):
+        claim(conditions=conditions, contrasts=contrasts[1:], quick=True)
