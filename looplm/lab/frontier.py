@@ -129,8 +129,7 @@ def signals(model: OuroForCausalLM, gates: Mapping[str, Gate], items: Items) -> 
 
     It never falls from loop to loop: a rule with threshold x stops after the first loop where it is x or more.
     """
-    own, found = gate_of(model), {}
-    parts: dict[str, list[Tensor]] = {}
+    own, parts = gate_of(model), dict[str, list[Tensor]]()
     for batch, inputs in items:
         states = _states(model, inputs)[:, torch.from_numpy(batch["answer"])]  # (T, N, D)
         log_p = model.log_probabilities(states)
@@ -150,9 +149,7 @@ def signals(model: OuroForCausalLM, gates: Mapping[str, Gate], items: Items) -> 
             logits = model.model.early_exit_gate(states)[..., 0]
             parts.setdefault(name, []).append(exit_cdf(logits.T).T)
     model.model.early_exit_gate.load_state_dict(own)
-    for name in (*gates, *RULES):
-        found[name] = torch.cat(parts[name], dim=1)[:-1].T
-    return found
+    return {name: torch.cat(parts[name], dim=1)[:-1].T for name in (*gates, *RULES)}
 
 
 def thresholds(signal: Tensor, depths: Sequence[float]) -> list[float]:
