@@ -30,8 +30,8 @@ from looplm.training.trainer import build_optimizer
 
 Row = dict[str, Any]
 Report = Callable[[int], None]
-LOOKS = 4
-"""Batches of validation items by which a level counts as solved."""
+LOOKED_AT = 256
+"""Validation items, of all levels let in, by which the hardest counts as solved."""
 
 
 def build_model(settings: RunSettings, task: Task) -> OuroForCausalLM:
@@ -135,7 +135,7 @@ class Curriculum:
 def level_score(model: OuroForCausalLM, settings: RunSettings, task: Task, level: int) -> float:
     """The share of right answers after the last loop on validation items of one level."""
     right = []
-    for index in range(LOOKS):
+    for index in range(math.ceil(LOOKED_AT / settings.batch)):
         batch = task.batch(settings.seed, index, settings.batch, "validation", level)
         found = _answers(model, settings, task, batch, tensors(batch))["score"][:, settings.loops - 1]
         right.append(found[batch["difficulty"] == level])

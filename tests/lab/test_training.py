@@ -122,7 +122,7 @@ def test_the_curriculum_waits_until_a_level_is_solved():
 
 
 def test_a_level_is_scored_on_its_own_validation_items():
-    settings = SMALL.changed(split="validation", evaluation_items=training.LOOKS * SMALL.batch)
+    settings = SMALL.changed(split="validation", evaluation_items=training.LOOKED_AT)
     task = settings.make_task()
     model = build_model(settings, task)
     last = {row["difficulty"]: row["score"] for row in training.evaluate(model, settings, task) if row["loop"] == 2}
