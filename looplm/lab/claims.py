@@ -9,14 +9,15 @@ The rules of evidence that a claim cannot get round, checked when the file is re
 - A null claim (`kind: equal`) needs a margin above 0; a claim of a difference states the margin it must exceed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from looplm.lab.settings import RunSettings, Seed, matched
+from looplm.lab.settings import COMPARING, ORACLES, Over, Rule, RunSettings, Seed, matched
 from looplm.lab.statistics import MOST
 from looplm.settings import NotNegative, Positive, Section
 
@@ -25,7 +26,10 @@ SHAPE = {"layers", "loops", "width", "feed_forward", "steps"}
 PAIRED = set("task scale task_settings batch seed split evaluations evaluation_items learning_rate".split())
 FEWEST, QUICK_SEEDS = 5, 3
 
-Measure = Literal["score", "loss", "exit_probability", "bits_per_parameter"]
+Measure = Literal["score", "loss", "exit_probability", "bits_per_parameter", "mean_loops"]
+LOWER_IS_BETTER = ("loss", "mean_loops")
+OF_LOOPS = ("exit_probability", "bits_per_parameter")
+"""Measures of a fixed loop, which no rule is read by."""
 Arms = dict[tuple[str, str], RunSettings]
 """Settings by arm and condition; learning rate and seed are still to be put in."""
 
@@ -34,13 +38,19 @@ class Reading(Section):
     """A number of a run."""
 
     measure: Measure = "score"
-    """Share of exact matches, nats a graded target, mean probability of exiting after the loop, or Capo's R."""
+    """Exact matches, nats a graded target, mean probability of exiting after the loop, Capo's R, loops of a rule."""
     loop: Annotated[int, Field(ge=1)] | Literal["last"] = "last"
     """The loop read; `last` is the last one trained."""
     difficulty: int | None = None
     """The level of the items; all by default."""
     step: Annotated[int, Field(ge=1)] | None = None
     """When: the first evaluation from this step on; the end by default."""
+    rule: Rule | None = None
+    """Read under this exit rule and freezing instead of at a fixed loop; the run's `frontier` asks for it."""
+    mean_loops: float | None = None
+    """The rule's budget, one of those in `frontier`; None for an oracle, which has its own."""
+    over: Over = "graded"
+    """Which positions' loops are counted."""
 
 
 class Side(Section):
@@ -52,12 +62,18 @@ class Side(Section):
     loop: Annotated[int, Field(ge=1)] | Literal["last"] | None = None
     difficulty: int | None = None
     step: Annotated[int, Field(ge=1)] | None = None
+    rule: Rule | None = None
+    mean_loops: float | None = None
+    over: Over | None = None
 
     @property
     def label(self) -> str:
         """The arm and what is particular about its reading."""
         more = [part for part in (self.condition, (self.measure or "").replace("_", " ")) if part]
         more += [f"{name} {getattr(self, name)}" for name in ("loop", "difficulty", "step") if getattr(self, name)]
+        budget = f" at {self.mean_loops:g} loops" if self.mean_loops else ""
+        more += [self.rule + budget] if self.rule else []
+        more += [f"{self.over} positions"] if self.over else []
         return self.arm + (f" ({', '.join(more)})" if more else "")
 
 
@@ -118,7 +134,7 @@ class Claim(Section):
     contrasts: list[Contrast] = Field(default_factory=list)
     testable: Testable | None = None
     quick: bool = False
-    """Part of the reduced ledger."""
+    """Part of the reduced ledger, by its contrasts under the first condition."""
 
     @model_validator(mode="after")
     def _evidence(self) -> "Claim":
@@ -136,6 +152,8 @@ class Claim(Section):
             if other:
                 raise ValueError(f"claim {self.name}: arm {arm!r} changes {other[0]}, which is not under varies")
         known = self.runs()
+        if self.quick and not self.shortened().contrasts:
+            raise ValueError(f"claim {self.name}: quick needs a contrast under the first condition")
         self._check_sides(known)
         self._check_readings(known)
         return self
@@ -159,6 +177,25 @@ class Claim(Section):
                 raise ValueError(f"claim {self.name}: loop {read.loop} of {side.arm!r} is not scored, only {scored}")
             if read.step is not None and read.step > settings.steps:
                 raise ValueError(f"claim {self.name}: {side.arm!r} is read at step {read.step} of {settings.steps}")
+            self._check_rule(read, settings.frontier or ())
+
+    def _check_rule(self, read: Reading, budgets: Sequence[float]) -> None:
+        """An exit rule is scored at the budgets of `frontier` alone, at the end, over all levels."""
+        fault: str | None = None
+        if read.rule is None:
+            fault = "no rule is named" if read.mean_loops is not None or read.measure == "mean_loops" else None
+        elif not budgets:
+            fault = "the settings have no frontier"
+        elif (read.mean_loops is None) != (read.rule in ORACLES):
+            fault = "an oracle has no budget" if read.rule in ORACLES else "mean_loops is missing"
+        elif read.mean_loops is not None and read.mean_loops not in budgets:
+            fault = f"frontier has {list(budgets)}"
+        elif read.mean_loops is not None and read.mean_loops < 2 and read.rule in COMPARING:
+            fault = "no such rule stops before loop 2"
+        elif (read.loop, read.difficulty, read.step) != ("last", None, None) or read.measure in OF_LOOPS:
+            fault = "rules are read at the end, over all levels, by score, loss or mean_loops"
+        if fault:
+            raise ValueError(f"claim {self.name}: {read.rule} cannot be read at mean_loops {read.mean_loops}: {fault}")
 
     def runs(self) -> Arms:
         """The settings of every arm under every condition. Raises ValueError for settings that cannot be."""
@@ -193,9 +230,16 @@ class Claim(Section):
         }
 
     def shortened(self) -> "Claim":
-        """For the reduced ledger: the first seeds, and the middle one of the learning rates unswept."""
-        rate = sorted(self.learning_rates)[len(self.learning_rates) // 2]
-        return self.model_copy(update={"seeds": self.seeds[:QUICK_SEEDS], "learning_rates": [rate]})
+        """For the reduced ledger: the first condition and seeds, and the middle one of the learning rates unswept."""
+        first, rates = next(iter(self.conditions)), sorted(self.learning_rates)
+        changes = {
+            "conditions": {first: self.conditions[first]},
+            "contrasts": [c for c in self.contrasts if c.left.condition == c.right.condition == first],
+            "testable": self.testable if self.testable and self.testable.condition == first else None,
+            "seeds": self.seeds[:QUICK_SEEDS],
+            "learning_rates": [rates[len(rates) // 2]],
+        }
+        return self.model_copy(update=changes)
 
 
 class _File(Section):
@@ -243,23 +287,30 @@ def value_of(rows: Iterable[Mapping[str, Any]], reading: Reading, side: Side | N
         reading: the claim's.
         side: what differs from it.
 
+    Returns: not a number where the run diverged before anything was scored there, or to a loss that is none.
+
     Raises:
-        ValueError: nothing was scored at that loop, level or step.
+        ValueError: nothing was scored at that loop, level, step or budget.
     """
     read, rows = reading if side is None else reading_of(reading, side), list(rows)
     steps = sorted({row["step"] for row in rows})
     step = steps[-1] if read.step is None else next((step for step in steps if step >= read.step), None)
     loop = rows[0]["loops"] if read.loop == "last" else read.loop
+    if read.rule is None:
+        asked = {"loop": loop, "step": step, "difficulty": read.difficulty, "rule": None}
+    else:
+        asked = {"rule": read.rule, "step": step, "over": read.over, "mean_loops": read.mean_loops}
+    optional = ("difficulty", "mean_loops")  # any where they are not given
     chosen = [
         row
         for row in rows
-        if row["step"] == step
-        and row["loop"] == loop
-        and (read.difficulty is None or row["difficulty"] == read.difficulty)
+        if all(row[name] == value or (value is None and name in optional) for name, value in asked.items())
         and row[read.measure] is not None
     ]
+    if not chosen and rows[0]["diverged"]:
+        return math.nan
     if not chosen:
-        raise ValueError(f"no {read.measure} at loop {loop}, step {step}, difficulty {read.difficulty}")
+        raise ValueError(f"no {read.measure} at " + ", ".join(f"{name} {value}" for name, value in asked.items()))
     items = sum(row["items"] for row in chosen)
     return sum(row[read.measure] * row["items"] for row in chosen) / items
 
@@ -268,20 +319,21 @@ def best_rates(claim: Claim, runs: Mapping[str, list[dict[str, Any]]]) -> dict[s
     """The learning rate of each arm: the best of the sweep by the claim's reading, the lower one where two are equal.
 
     Args:
-        runs: rows by the key of their run.
+        runs: rows by the key of their run; one that diverged to no number is the worst.
 
     Returns: None while a run of the sweep is missing.
     """
     if len(claim.learning_rates) == 1:
         return {arm: claim.learning_rates[0] for arm, _ in claim.runs()}
     rates = {}
-    lower_is_better = claim.reading.measure == "loss"
+    lower_is_better = claim.reading.measure in LOWER_IS_BETTER
     reading = claim.reading.model_copy(update={"step": None})
     for arm, swept in claim.sweep().items():
         if any(settings.key not in runs for settings in swept):
             return None
         found = [(value_of(runs[settings.key], reading), settings.learning_rate) for settings in swept]
-        rates[arm] = min(found, key=lambda pair: (pair[0] if lower_is_better else -pair[0], pair[1]))[1]
+        costs = [(value if lower_is_better else -value, rate) for value, rate in found]
+        rates[arm] = min(costs, key=lambda pair: (math.isnan(pair[0]), *pair))[1]
     return rates
 
 

@@ -77,7 +77,7 @@ def dot_chart(groups: Mapping[str, Sequence[float]], title: str, unit: str) -> s
     shown = {name: list(seeds) for name, seeds in groups.items() if seeds}
     if not shown:
         return ""
-    left, right = 236, WIDTH - 64
+    left, right = min(max(236, 7 * max(map(len, shown)) + 16), 372), WIDTH - 64  # 7 pixels a letter
     values = [value for seeds in shown.values() for value in seeds]
     x = _scale(*_padded(values), left, right)
     bottom = TOP + _ROW * len(shown)

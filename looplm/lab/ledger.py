@@ -6,7 +6,8 @@ it over all claims of the ledger; claims not run yet count as 1. A contrast poin
     reproduced                          the corrected p-value is at most .05
     in direction                        it is not, but every contrast points the right way
     not reproduced                      one contrast does not
-    not testable at this scale          the condition that the claim sets for being testable is not met
+    not testable at this scale          the condition that the claim sets for being testable is not met, or a run that
+                                        it reads diverged to a loss that is no number
     not run yet
 
 A claim is exploratory, whatever its verdict, where its entry in claims.yaml was committed or changed after its first
@@ -14,6 +15,7 @@ run began or is not committed, where the code that ran was not, or where the see
 minutes, else 5).
 """
 
+import math
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -39,8 +41,8 @@ class Finding:
     Attributes:
         contrast: as claimed.
         left, right: the two sides' numbers in the order of the claim's seeds; empty where runs are missing.
-        mean, low, high: the difference and its 95 % interval; None where runs are missing.
-        p: one-sided, or of equivalence; 1 where runs are missing.
+        mean, low, high: the difference and its 95 % interval; None where runs are missing or a number is not finite.
+        p: one-sided, or of equivalence; 1 where there is no mean.
     """
 
     contrast: Contrast
@@ -115,7 +117,7 @@ def values(claim: Claim, side: Side, rates: Mapping[str, float], runs: Runs) -> 
 
 def _found(claim: Claim, contrast: Contrast, rates: Mapping[str, float] | None, runs: Runs) -> Finding:
     left, right = ([] if rates is None else values(claim, s, rates, runs) for s in (contrast.left, contrast.right))
-    if not left or not right:
+    if not (left and right and all(map(math.isfinite, left + right))):
         return Finding(contrast, left, right, None, None, None, 1.0)
     differences = [a - b for a, b in zip(left, right, strict=True)]
     test = p_greater if contrast.kind == "greater" else p_equal
@@ -159,6 +161,9 @@ def _verdict(
         return "not run yet", claim.waiting
     if missing or not rates:
         return "not run yet", f"{missing} runs are missing" + ("" if rates else ", and those after the sweep")
+    unread = next((finding.contrast.label for finding in findings if finding.mean is None), None)
+    if unread is not None:
+        return "not testable at this scale", f"a run of {unread} diverged"
     bound = claim.testable
     if bound is not None:
         reached = statistics.fmean(values(claim, Side(arm=bound.arm, condition=bound.condition), rates, runs))

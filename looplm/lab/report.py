@@ -1,5 +1,6 @@
 """The ledger for people: claims.md with a figure a claim, claims.json with every number, and a table on screen."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,17 @@ from typing import Any
 from rich.table import Table
 
 from looplm.files import write_json, write_text
-from looplm.lab.claims import Claim, Side
+from looplm.lab.claims import Claim, Measure, Side
 from looplm.lab.figures import dot_chart
 from looplm.lab.ledger import Entry, Finding, Runs, strangers, values
+
+UNITS: dict[Measure, str] = {
+    "score": "share of exact matches",
+    "loss": "nats a graded target",
+    "exit_probability": "mean exit probability",
+    "bits_per_parameter": "bits a parameter",
+    "mean_loops": "mean loops",
+}
 
 
 def ledger_table(entries: Sequence[Entry]) -> Table:
@@ -47,9 +56,8 @@ def _figure(entry: Entry, runs: Runs) -> str:
     if entry.rates:
         sides: list[Side] = [side for c in claim.contrasts for side in (c.left, c.right)]
         same = [side for side in sides if side.measure in (None, claim.reading.measure)]
-        groups = {side.label: values(claim, side, entry.rates, runs) for side in same}
-    units = {"score": "share of exact matches", "loss": "nats a graded target"}
-    return dot_chart(groups, f"{claim.number} {claim.name}", units.get(claim.reading.measure, "mean exit probability"))
+        groups = {side.label: [*filter(math.isfinite, values(claim, side, entry.rates, runs))] for side in same}
+    return dot_chart(groups, f"{claim.number} {claim.name}", UNITS[claim.reading.measure])
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -144,7 +152,8 @@ def _row(finding: Finding) -> str:
     contrast = finding.contrast
     margin = f"above {contrast.margin:g}" if contrast.kind == "greater" else f"within {contrast.margin:g}"
     if finding.mean is None:
-        return f"| {contrast.label} | {margin} | | | not run yet |"
+        why = "diverged" if finding.left and finding.right else "not run yet"
+        return f"| {contrast.label} | {margin} | | | {why} |"
     where = f"{finding.low:+.3f} to {finding.high:+.3f}"
     return f"| {contrast.label} | {margin} | {finding.mean:+.3f} | {where} | {finding.p:.2g} |"
 

@@ -1,4 +1,4 @@
-"""What runs leave: one tidy Parquet file, a row for every run, step, loop and difficulty scored.
+"""What runs leave: one tidy Parquet file, a row for every run, step, loop and difficulty scored, or for an exit rule.
 
 `load("runs/lab/results.parquet").to_pandas()` is where a notebook begins. Settings stand in `settings` as JSON, the
 most used ones beside it in columns of their own.
@@ -36,15 +36,20 @@ SCHEMA = pa.schema(
         ("diverged", pa.bool_()),
         ("step", pa.int64()),  # steps done when this was scored
         ("flops", pa.float64()),  # of training until then
-        ("loop", pa.int32()),  # that was read
-        ("difficulty", pa.int32()),
+        ("loop", pa.int32()),  # that was read; missing in rows of exit rules
+        ("difficulty", pa.int32()),  # of the items; missing in rows of exit rules, which are over all levels
         ("items", pa.int32()),  # scored
         ("score", pa.float64()),  # share of exact matches
         ("loss", pa.float64()),  # nats a graded target
         ("exit_probability", pa.float64()),  # mean p_t at graded targets; missing beyond the trained loops
         ("bits_per_parameter", pa.float64()),  # of Capo
+        ("rule", pa.string()),  # of exit (`looplm.lab.frontier`); missing where a fixed loop was read
+        ("over", pa.string()),  # which positions' loops are counted
+        ("mean_loops", pa.float64()),  # what the rule was read at, or an oracle's own
     ]
 )
+NEWER = ("rule", "over", "mean_loops")
+"""Columns that older files lack: nothing but fixed loops was read there."""
 _COLUMNS = ("task", "layers", "loops", "width", "objective", "learning_rate", "seed")
 
 
@@ -60,6 +65,9 @@ def load(path: str | os.PathLike[str]) -> pa.Table:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+    if table.schema.names == [name for name in SCHEMA.names if name not in NEWER]:
+        for name in NEWER:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
     if table.schema.names != SCHEMA.names:
         raise ValueError(f"{path} has other columns than results of the lab; choose another folder")
     return table.cast(SCHEMA)

@@ -30,6 +30,27 @@ from looplm.training.recipe import ModelSettings, Stage
 HEAD = 32
 """Width of an attention head: two of 32 ran nearly twice as fast on a CPU as four of 16."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rule = Literal[
+    "static depth",
+    "Stage I gate",
+    "Stage II published",
+    "Stage II lookahead",
+    "max probability",
+    "entropy",
+    "KL divergence",
+    "state difference",
+    "agreement oracle",
+    "hindsight oracle",
+]
+"""How positions stop where exit rules are scored (`looplm.lab.frontier`)."""
+COMPARING = ("KL divergence", "state difference")
+"""Rules that compare a loop with the one before, so that none stops before loop 2."""
+ORACLES = ("agreement oracle", "hindsight oracle")
+"""They have no threshold, and so no budget."""
+YOUNGER = ("frontier", "curriculum_score")
+"""Settings that the first results were made without."""
+Over = Literal["graded", "all"]
+"""The positions whose loops are counted: those graded, or all up to the last target of their row."""
 
 
 class RunSettings(Section):
@@ -45,8 +66,8 @@ class RunSettings(Section):
     """k"""
     loops: PositiveInt = 1
     """L, loops in training."""
-    width: Annotated[int, Field(ge=HEAD, multiple_of=HEAD)] = 64
-    """D, with a head for every 32."""
+    width: Annotated[int, Field(ge=HEAD, multiple_of=16)] = 64
+    """D, with a head for every whole 32."""
     feed_forward: PositiveInt | None = None
     """Width of the MLP; twice the model's by default."""
     tied: bool = False
@@ -74,6 +95,9 @@ class RunSettings(Section):
     """Draw the loops of each step instead of always running L."""
     curriculum: PositiveInt | None = None
     """Begin with the easiest level, and let in the next one after each so many steps."""
+    curriculum_score: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Let it in only where this share of validation answers of the hardest level so far is right; else look again after
+    as many steps."""
     evaluations: PositiveInt = 8
     """Points of the learning curve, the end included."""
     evaluation_loops: PositiveInt | None = None
@@ -82,6 +106,8 @@ class RunSettings(Section):
     """Items of an evaluation, at least."""
     split: Literal["test", "validation"] = "test"
     """What is scored."""
+    frontier: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """Fit both gates of Stage II at the end, and score exit rules at these mean loops."""
     seed: Seed = 0
     """Of the first weights, the order of the data, and the facts of a task that has some."""
 
@@ -89,6 +115,13 @@ class RunSettings(Section):
     def _fits(self) -> "RunSettings":
         if self.loop_counts is not None and self.loop_counts.most > self.loops:
             raise ValueError(f"loop_counts.most is {self.loop_counts.most}, more than the {self.loops} loops")
+        if self.curriculum_score is not None and self.curriculum is None:
+            raise ValueError(f"curriculum_score is {self.curriculum_score}, but curriculum, the steps, is missing")
+        if self.frontier is not None and (self.objective != "expected" or self.loops < 2):
+            what = f"objective {self.objective!r} at {self.loops} loops"
+            raise ValueError(f"frontier compares gates, but {what} trains none; use 'expected' and 2 loops or more")
+        if self.frontier is not None and not all(1 <= budget <= self.loops for budget in self.frontier):
+            raise ValueError(f"frontier is {list(self.frontier)}; mean loops must lie in 1..{self.loops}")
         return self
 
     @property
@@ -103,7 +136,12 @@ class RunSettings(Section):
 
     def canonical(self) -> str:
         """The settings as JSON, the same for the same settings."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return json.dumps(self.plain(), sort_keys=True)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values. Those younger than the first results are left out where unset, as there."""
+        unset = {name for name in YOUNGER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=unset)
 
     def make_task(self) -> Task:
         """The task. Raises ValueError for an unknown one or settings that cannot be."""
@@ -174,7 +212,7 @@ def matched(looped: RunSettings) -> dict[str, RunSettings]:
     layers, loops = looped.layers, looped.loops
     if loops < 2:
         raise ValueError(f"loops is {loops}; matched arms are those of a looped model, from 2 loops on")
-    plain = looped.changed(loops=1, loop_counts=None, evaluation_loops=None)
+    plain = looped.changed(loops=1, loop_counts=None, evaluation_loops=None, frontier=None)
     return {
         f"{layers}⊗{loops}": looped,
         f"{layers}⊗1": plain,

@@ -49,7 +49,8 @@ class Study:
         return self._table(rows)
 
     def _plain(self) -> dict[str, Any]:
-        return {name: settings.model_dump(mode="json", exclude={"seed"}) for name, settings in self.arms.items()}
+        plain = {name: settings.plain() for name, settings in self.arms.items()}
+        return {name: {key: value for key, value in values.items() if key != "seed"} for name, values in plain.items()}
 
     def _check(self, folder: Path) -> None:
         path = folder / FILE
@@ -125,11 +126,11 @@ def study_of(task: str, options: Mapping[str, Any], seeds: int | None, compared:
 
 
 def _last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every run the rows of its last evaluation."""
+    """Of every run the rows of its last evaluation, exit rules left out."""
     ends: dict[str, int] = {}
     for row in rows:
         ends[row["run"]] = max(row["step"], ends.get(row["run"], 0))
-    return [row for row in rows if row["step"] == ends[row["run"]]]
+    return [row for row in rows if row["step"] == ends[row["run"]] and row["rule"] is None]
 
 
 def _spread(values: list[float]) -> str:

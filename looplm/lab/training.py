@@ -4,6 +4,7 @@ Item counts, not tokens, are what arms are paired by: runs with the same task an
 order, whatever their shape, and those of more steps only see more. Scores are exact matches on held-out items, greedy.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from torch.nn.init import constant_, normal_
 
 from looplm.exits import exit_probabilities
+from looplm.lab.frontier import frontier_rows
 from looplm.lab.settings import RunSettings, flops
 from looplm.lab.tasks import Batch, Task
 from looplm.lab.tasks.capo import Capo
@@ -28,6 +30,8 @@ from looplm.training.trainer import build_optimizer
 
 Row = dict[str, Any]
 Report = Callable[[int], None]
+LOOKED_AT = 256
+"""Validation items, of all levels let in, by which the hardest counts as solved."""
 
 
 def build_model(settings: RunSettings, task: Task) -> OuroForCausalLM:
@@ -67,7 +71,7 @@ def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]
     compile_layers(model, "auto")
     due = {round(settings.steps * (n + 1) / settings.evaluations) for n in range(settings.evaluations)}
     step_flops = cache(lambda loops: 3 * flops(settings, loops) * settings.batch * task.length)
-    rows, spent, diverged = [], 0.0, False
+    rows, spent, diverged, curriculum = [], 0.0, False, Curriculum(settings, task)
     for step in range(settings.steps):
         progress, loops = step / settings.steps, settings.loops
         if settings.loop_counts is not None:
@@ -75,7 +79,8 @@ def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step, progress)
         beta = exit_beta(progress, stage.exit_beta_start, stage.exit_beta_hold, stage.exit_beta)
-        batch = tensors(task.batch(settings.seed, step, settings.batch, "train", hardest(settings, task, step)))
+        hardest = curriculum.hardest(step, lambda level: level_score(model, settings, task, level))
+        batch = tensors(task.batch(settings.seed, step, settings.batch, "train", hardest))
         values = accumulate(model, [batch], stage, beta, loops, autocast=False)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip).item()
         diverged = not (math.isfinite(values.loss) and math.isfinite(norm))
@@ -89,6 +94,10 @@ def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]
             break
         if step % 10 == 9:
             report(step + 1)
+    if settings.frontier is not None and not diverged:
+        fitting = (tensors(task.batch(settings.seed, n, settings.batch)) for n in itertools.count(settings.steps))
+        found = frontier_rows(model, settings, task, fitting, list(held_out(settings, task)))
+        rows += [{"step": step + 1, "flops": spent, **row} for row in found]
     whole = {
         "diverged": diverged,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -98,12 +107,39 @@ def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]
     return [{**row, **whole} for row in rows]
 
 
-def hardest(settings: RunSettings, task: Task, step: int) -> int | None:
-    """The highest level of a step's items under the curriculum; None without one."""
-    if settings.curriculum is None:
-        return None
-    levels = sorted(task.levels("train"))
-    return levels[min(step // settings.curriculum, len(levels) - 1)]
+class Curriculum:
+    """Lets in one level after the other: after so many steps each, or as soon as the hardest one is seen to be solved.
+
+    In the second case arms see the same items only as long as they are at the same level.
+    """
+
+    def __init__(self, settings: RunSettings, task: Task) -> None:
+        self.every, self.least = settings.curriculum, settings.curriculum_score
+        self.levels = sorted(task.levels("train"))
+        self.open = 1
+
+    def hardest(self, step: int, score: Callable[[int], float]) -> int | None:
+        """The highest level of a step's items; None without a curriculum. To be asked at every step.
+
+        Args:
+            step: from 0.
+            score: the share of right answers at a level as things stand.
+        """
+        if self.every is None:
+            return None
+        if step and step % self.every == 0 and self.open < len(self.levels):
+            self.open += self.least is None or score(self.levels[self.open - 1]) >= self.least
+        return self.levels[self.open - 1]
+
+
+def level_score(model: OuroForCausalLM, settings: RunSettings, task: Task, level: int) -> float:
+    """The share of right answers after the last loop on validation items of one level."""
+    right = []
+    for index in range(math.ceil(LOOKED_AT / settings.batch)):
+        batch = task.batch(settings.seed, index, settings.batch, "validation", level)
+        found = _answers(model, settings, task, batch, tensors(batch))["score"][:, settings.loops - 1]
+        right.append(found[batch["difficulty"] == level])
+    return float(np.concatenate(right).mean())
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -119,9 +155,8 @@ def evaluate(model: OuroForCausalLM, settings: RunSettings, task: Task) -> Itera
     The exit distribution is that of the loops trained, whatever is scored (equation 3), so it is missing beyond.
     """
     found: list[dict[str, np.ndarray]] = []
-    for index in range(math.ceil(settings.evaluation_items / settings.batch)):
-        batch = task.batch(settings.seed, index, settings.batch, settings.split)
-        found.append({"difficulty": batch["difficulty"], **_answers(model, settings, task, batch)})
+    for batch, inputs in held_out(settings, task):
+        found.append({"difficulty": batch["difficulty"], **_answers(model, settings, task, batch, inputs)})
     whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     parameters = sum(p.numel() for p in model.parameters())
     for level in np.unique(whole["difficulty"]):
@@ -137,12 +172,21 @@ def evaluate(model: OuroForCausalLM, settings: RunSettings, task: Task) -> Itera
             yield row
 
 
-def _answers(model: OuroForCausalLM, settings: RunSettings, task: Task, batch: Batch) -> dict[str, np.ndarray]:
+def held_out(settings: RunSettings, task: Task) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    """The batches that are scored, and the same as the model takes them."""
+    for index in range(math.ceil(settings.evaluation_items / settings.batch)):
+        batch = task.batch(settings.seed, index, settings.batch, settings.split)
+        yield batch, tensors(batch)
+
+
+def _answers(
+    model: OuroForCausalLM, settings: RunSettings, task: Task, batch: Batch, inputs: dict[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
     """Of each row and loop (B, loops): exact match, mean and sum of the losses of graded targets; exit mass (B, T).
 
     Gradients stay on: the compiled layers of training serve as they are. Nothing is kept of the graph.
     """
-    inputs, trained = tensors(batch), settings.loops
+    trained = settings.loops
     out = model(
         inputs["input_ids"],
         shift_labels=inputs["labels"],

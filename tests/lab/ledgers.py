@@ -33,6 +33,7 @@ def rows(settings: RunSettings, score: float, **changes: Any) -> list[dict[str, 
         "commit": "0123456789ab",
         "began": 2_000,
         "cpu_seconds": 60.0,
+        "diverged": False,
         "step": settings.steps,
         "flops": 1e9,
         "loop": settings.loops,
@@ -42,6 +43,9 @@ def rows(settings: RunSettings, score: float, **changes: Any) -> list[dict[str, 
         "loss": 1.0 - score,
         "exit_probability": 0.5,
         "bits_per_parameter": None,
+        "rule": None,
+        "over": None,
+        "mean_loops": None,
     }
     return [{**row, **changes}]
 

@@ -1,5 +1,7 @@
 """Claims: the rules that a file of claims cannot get round, and how numbers are read from runs."""
 
+import math
+
 import pytest
 import yaml
 
@@ -86,6 +88,77 @@ def test_numbers_are_read_as_the_side_says():
         value_of(table, Reading(measure="exit_probability", difficulty=2))
 
 
+def ruled(**changes):
+    settings = {"task": "p-hop", "steps": 10, "loops": 3, "objective": "expected", "frontier": [1.5, 2.0]}
+    return claim(**{"settings": settings, "arms": {"two": {}, "one": {"layers": 2}}, **changes})
+
+
+def test_exit_rules_are_read_at_a_budget_and_an_oracle_at_its_own():
+    settings = ruled().reported({"two": 0.003, "one": 0.003})["two", ""][0]
+    same = {"loop": None, "difficulty": None, "exit_probability": None}
+    table = [
+        *rows(settings, 0.5),
+        *rows(settings, 0.6, rule="entropy", over="graded", mean_loops=2.0, **same),
+        *rows(settings, 0.7, rule="entropy", over="all", mean_loops=2.0, **same),
+        *rows(settings, 0.8, rule="entropy", over="graded", mean_loops=2.5, **same),
+        *rows(settings, 0.9, rule="agreement oracle", over="graded", mean_loops=2.2, **same),
+    ]
+    assert value_of(table, Reading()) == 0.5  # fixed loops are read as ever
+    assert value_of(table, Reading(rule="entropy", mean_loops=2.0)) == 0.6
+    assert value_of(table, Reading(), Side(arm="two", rule="entropy", mean_loops=2.0, over="all")) == 0.7
+    assert value_of(table, Reading(rule="agreement oracle")) == 0.9
+    assert value_of(table, Reading(rule="agreement oracle", measure="mean_loops")) == 2.2
+    with pytest.raises(ValueError, match=r"no score at rule entropy, step 10, over graded, mean_loops 3.0"):
+        value_of(table, Reading(rule="entropy", mean_loops=3.0))
+
+
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        ({"rule": "entropy", "mean_loops": 2.0}, None),
+        ({"rule": "hindsight oracle", "measure": "mean_loops"}, None),
+        ({"mean_loops": 2.0}, "no rule is named"),
+        ({"measure": "mean_loops"}, "no rule is named"),
+        ({"rule": "entropy"}, "mean_loops is missing"),
+        ({"rule": "entropy", "mean_loops": 2.5}, r"frontier has \[1.5, 2.0\]"),
+        ({"rule": "agreement oracle", "mean_loops": 2.0}, "an oracle has no budget"),
+        ({"rule": "state difference", "mean_loops": 1.5}, "no such rule stops before loop 2"),
+        ({"rule": "entropy", "mean_loops": 2.0, "difficulty": 1}, "read at the end, over all levels"),
+        ({"rule": "entropy", "mean_loops": 2.0, "measure": "exit_probability"}, "read at the end, over all levels"),
+    ],
+)
+def test_rules_are_read_where_they_are_scored(reading, said):
+    if said is None:
+        ruled(reading=reading)
+        return
+    with pytest.raises(ValueError, match=said):
+        ruled(reading=reading)
+
+
+def test_rules_need_a_frontier():
+    with pytest.raises(ValueError, match="the settings have no frontier"):
+        claim(reading={"rule": "entropy", "mean_loops": 2.0})
+
+
+def test_a_run_that_diverged_before_it_was_scored_has_no_number():
+    made = claim(settings={"task": "p-hop", "steps": 10}, reading={"step": 7})
+    settings = made.reported({"two": 0.003, "one": 0.003})["two", ""][0]
+    assert math.isnan(value_of(rows(settings, 0.2, step=5, diverged=True), made.reading))
+    with pytest.raises(ValueError, match="no score"):
+        value_of(rows(settings, 0.2, step=5), made.reading)
+
+
+def test_a_rate_that_diverged_is_never_chosen():
+    made = claim(learning_rates=[0.001, 0.003], reading={"measure": "loss"})
+    for lost in (0, 1):
+        scores = [0.4, 0.4]
+        scores[lost] = math.nan
+        found = {
+            run.key: rows(run, score) for runs in made.sweep().values() for run, score in zip(runs, scores, strict=True)
+        }
+        assert set(best_rates(made, found).values()) == {(0.003, 0.001)[lost]}
+
+
 def test_every_arm_is_swept_alike_and_on_items_and_a_seed_that_are_not_reported():
     made = claim(learning_rates=[0.001, 0.003])
     swept = made.sweep()
@@ -124,3 +197,16 @@ def test_what_is_done_is_not_missing():
 def test_the_reduced_ledger_takes_three_seeds_and_the_middle_rate():
     short = claim(learning_rates=[0.001, 0.01, 0.003]).shortened()
     assert short.seeds == SEEDS[:3] and short.learning_rates == [0.003] and short.sweep() == {}
+
+
+def test_the_reduced_ledger_takes_the_first_condition():
+    conditions = {"short": {"symbols_a_row": 16}, "long": {"symbols_a_row": 24}}
+    contrasts = [
+        {"left": {"arm": "two", "condition": left}, "right": {"arm": "one", "condition": right}, "margin": 0.1}
+        for left, right in (("short", "short"), ("short", "long"), ("long", "long"))
+    ]
+    short = claim(conditions=conditions, contrasts=contrasts, quick=True).shortened()
+    assert set(short.runs()) == {("two", "short"), ("one", "short")}
+    assert [contrast.label for contrast in short.contrasts] == ["two (short) > one (short)"]
+    with pytest.raises(ValueError, match="quick needs a contrast under the first condition"):
+        claim(conditions=conditions, contrasts=contrasts[1:], quick=True)

@@ -1,6 +1,7 @@
 """Verdicts from made-up runs, and the age of claims in a real repository."""
 
 import json
+import math
 import subprocess
 import xml.etree.ElementTree as ElementTree
 
@@ -88,6 +89,19 @@ def test_a_task_that_nobody_learns_tells_nothing():
     entry = judged(made, {"two": seeds(0.3), "one": [0.1] * 8})
     assert entry.verdict == "not testable at this scale"
     assert entry.because == "two reaches 0.300; 0.5 was set as the least"
+
+
+def test_a_loss_that_is_no_number_stops_its_claim_and_no_other(tmp_path):
+    made = claim(contrasts=[{"left": {"arm": "two", "measure": "loss"}, "right": {"arm": "one"}, "margin": 0.1}])
+    fine = claim(name="other", settings={"task": "mano", "steps": 10})
+    runs = results(made, {"two": [0.9] * 7 + [math.nan], "one": [0.5] * 8}) | results(
+        fine, {"two": seeds(0.8), "one": [0.5] * 8}
+    )
+    broken, other = judge([made, fine], runs, OLD)
+    assert (broken.verdict, broken.p) == ("not testable at this scale", 1.0) and other.verdict == "reproduced"
+    assert broken.because == "a run of two (loss) > one diverged"
+    write_ledger([broken, other], runs, tmp_path, "looplm lab claims")
+    assert "| two (loss) > one | above 0.1 | | | diverged |" in (tmp_path / "claims.md").read_text()
 
 
 def test_claims_that_cannot_be_run_yet_say_why():

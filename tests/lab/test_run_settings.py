@@ -33,6 +33,21 @@ def test_matched_arms_cost_the_same(layers, loops, width):
         assert arm.model_dump(include=paired) == looped.model_dump(include=paired)
 
 
+def test_results_made_before_a_setting_existed_keep_their_key():
+    # Worked out on the day before `frontier` and `curriculum_score` came.
+    gate = {"task_settings": {"levels": [1, 2, 3], "test_levels": [1, 2, 3]}, "loops": 4, "objective": "expected"}
+    run = RunSettings(task="p-hop", **gate, evaluations=10, evaluation_loops=8, seed=101)
+    assert run.key == "cf8f733974b85f26" and "frontier" not in run.plain()
+    assert run.changed(frontier=[2.0]).key != run.key
+    assert run.changed(curriculum=5).key != run.changed(curriculum=5, curriculum_score=0.9).key
+
+
+def test_heads_are_as_wide_as_they_fit():
+    for width, heads in ((32, 1), (48, 1), (64, 2), (80, 2), (96, 3)):
+        run = RunSettings(task="mano", width=width)
+        assert run.model(run.make_task()).num_attention_heads == heads
+
+
 def test_only_looped_models_have_matched_arms():
     with pytest.raises(ValueError, match="loops is 1"):
         matched(RunSettings(task="mano"))

@@ -81,6 +81,15 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     assert load(tmp_path / "none.parquet").num_rows == 0
 
 
+def test_files_from_before_exit_rules_are_read(tmp_path):
+    table = table_of(SMALL, "0123456789ab", [{"step": 4, "loop": 1, "difficulty": 1, "items": 8, "score": 0.5}])
+    save(table.drop_columns(["rule", "over", "mean_loops"]), tmp_path / FILE)
+    assert load(tmp_path / FILE).equals(table)
+    save(table.drop_columns(["mean_loops"]), tmp_path / FILE)
+    with pytest.raises(ValueError, match="has other columns than results of the lab"):
+        load(tmp_path / FILE)
+
+
 def test_the_commit_says_whether_the_code_was_committed(monkeypatch):
     answers = {"rev-parse": "0123456789ab\n", "status": ""}
     monkeypatch.setattr(runner, "git", lambda place, command, *rest: answers[command])

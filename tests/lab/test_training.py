@@ -8,7 +8,7 @@ import torch
 
 from looplm.lab import training
 from looplm.lab.settings import RunSettings, flops
-from looplm.lab.training import build_model, hardest, run, tensors
+from looplm.lab.training import Curriculum, build_model, level_score, run, tensors
 
 SMALL = RunSettings(
     task="p-hop",
@@ -95,11 +95,56 @@ def test_targets_stand_where_they_are_predicted():
     assert named["position_ids"].tolist() == [list(range(11))] * 4
 
 
+def never(level):
+    raise AssertionError("nobody asked how well a level is answered")
+
+
 def test_the_curriculum_lets_levels_in_one_by_one():
     task = SMALL.make_task()
-    settings = SMALL.changed(curriculum=3)
-    assert [hardest(settings, task, step) for step in range(8)] == [1, 1, 1, 2, 2, 2, 2, 2]
-    assert hardest(SMALL, task, 0) is None
+    curriculum = Curriculum(SMALL.changed(curriculum=3), task)
+    assert [curriculum.hardest(step, never) for step in range(8)] == [1, 1, 1, 2, 2, 2, 2, 2]
+    assert Curriculum(SMALL, task).hardest(0, never) is None
+
+
+def test_the_curriculum_waits_until_a_level_is_solved():
+    task = SMALL.changed(task_settings={"levels": [1, 2, 3]}).make_task()
+    curriculum, asked = Curriculum(SMALL.changed(curriculum=2, curriculum_score=0.9), task), []
+    scores = iter([0.5, 0.9, 0.89, 1.0])
+
+    def score(level):
+        asked.append(level)
+        return next(scores)
+
+    found = [curriculum.hardest(step, score) for step in range(12)]
+    assert found == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3] and asked == [1, 1, 2, 2]  # the last one is not asked about
+    with pytest.raises(ValueError, match=r"curriculum_score is 0.9, but curriculum, the steps, is missing"):
+        SMALL.changed(curriculum_score=0.9)
+
+
+def test_a_level_is_scored_on_its_own_validation_items():
+    settings = SMALL.changed(split="validation", evaluation_items=training.LOOKED_AT)
+    task = settings.make_task()
+    model = build_model(settings, task)
+    last = {row["difficulty"]: row["score"] for row in training.evaluate(model, settings, task) if row["loop"] == 2}
+    assert level_score(model, settings, task, 2) == pytest.approx(last[2])
+
+
+def test_a_run_grows_with_what_it_has_solved(monkeypatch):
+    seen = []
+    inner = training.accumulate
+
+    def watch(model, batches, *rest, **named):
+        seen.append(int(batches[0]["input_ids"][:, 0].max()))  # the first token tells the hops
+        return inner(model, batches, *rest, **named)
+
+    monkeypatch.setattr(training, "accumulate", watch)
+    easy = SMALL.changed(curriculum=2, curriculum_score=0.9)
+    monkeypatch.setattr(training, "level_score", lambda *given: 0.0)
+    run(easy)
+    assert len(set(seen)) == 1
+    monkeypatch.setattr(training, "level_score", lambda *given: 1.0)
+    run(easy)
+    assert set(seen[6:8]) == set(seen[:6]) and max(seen[8:]) == seen[0] + 1
 
 
 def test_a_run_that_diverges_ends_and_says_so(monkeypatch):
