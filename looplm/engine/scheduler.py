@@ -183,13 +183,14 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 
 
 def _keys(sequence: Sequence) -> Iterator[Hashable]:
-    """What the full blocks of a prompt are found by: all tokens up to their end, and what decides their depths."""
-    decides: Hashable = sequence.loops
+    """What the full blocks of a prompt are found by: all tokens up to their end, adapter, what decides their depths."""
+    adapter = sequence.params.adapter
+    decides: Hashable = (adapter, sequence.loops)
     if sequence.options.prefill == "adaptive":
         rule = sequence.prompt_rule()
         if not isinstance(rule, Hashable):
             return
-        decides = (rule, sequence.options.min_loops, sequence.loops)
+        decides = (adapter, rule, sequence.options.min_loops, sequence.loops)
     digest = hashlib.sha256()
     for end in range(BLOCK, len(sequence.prompt) + 1, BLOCK):
         digest.update(array("q", sequence.prompt[end - BLOCK : end]).tobytes())

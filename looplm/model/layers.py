@@ -18,6 +18,8 @@ from looplm.model.projections import OuroLinear, bound_by_memory, project
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
+Adapt = Callable[[str, Tensor, Tensor], Tensor]
+"""Takes a projection's name, input and output (B, S, ...); returns the output with the rows' adapters added."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -113,11 +115,19 @@ class OuroAttention(nn.Module):
         self.o_proj = OuroLinear(queries, width)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Memory | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        memory: Memory | None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
         projected = project(hidden, self.q_proj, self.k_proj, self.v_proj)
+        if adapt is not None:
+            names = ("q_proj", "k_proj", "v_proj")
+            projected = [adapt(name, hidden, part) for name, part in zip(names, projected, strict=True)]
         query, key, value = (part.view(shape).transpose(1, 2) for part in projected)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -127,7 +137,8 @@ class OuroAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
+        mixed = mixed.reshape(*hidden.shape[:2], -1)
+        return self.o_proj(mixed) if adapt is None else adapt("o_proj", mixed, self.o_proj(mixed))
 
 
 class OuroMLP(nn.Module):
@@ -141,10 +152,13 @@ class OuroMLP(nn.Module):
         self.down_proj = OuroLinear(inner, width)
         self.act = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, adapt: Adapt | None = None) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         gate, up = project(hidden, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act(gate) * up)
+        if adapt is not None:
+            gate, up = adapt("gate_proj", hidden, gate), adapt("up_proj", hidden, up)
+        inner = self.act(gate) * up
+        return self.down_proj(inner) if adapt is None else adapt("down_proj", inner, self.down_proj(inner))
 
 
 class OuroDecoderLayer(nn.Module):
@@ -168,9 +182,10 @@ class OuroDecoderLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         memory: Memory | None = None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
         """(B, S, D) to (B, S, D); `mask` as the attention backend wants it."""
-        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory)
+        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory, adapt)
         hidden = hidden + (self.input_layernorm_2(mixed) if self.sandwich else mixed)
-        mixed = self.mlp(self.post_attention_layernorm(hidden))
+        mixed = self.mlp(self.post_attention_layernorm(hidden), adapt)
         return hidden + (self.post_attention_layernorm_2(mixed) if self.sandwich else mixed)

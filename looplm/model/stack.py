@@ -71,7 +71,7 @@ class OuroModel(OuroPreTrainedModel):
         if self.config.input_injection == "add" and loop > 1:
             state = state + context.core_input
         for index, layer in enumerate(self.layers, start=self.config.num_prelude_layers):
-            state = layer(state, context.rotary, context.mask, context.memory(index, loop))
+            state = layer(state, context.rotary, context.mask, context.memory(index, loop), context.adapt(index))
         if self.config.loop_norm:
             state = self.norm(state)
         if self.loop_hooks:
@@ -91,7 +91,7 @@ class OuroModel(OuroPreTrainedModel):
         """Run the prelude on the embeddings (B, S, D): the core's input, state 0."""
         if self.config.num_prelude_layers:
             for index, layer in enumerate(self.prelude):
-                embedded = layer(embedded, context.rotary, context.mask, context.memory(index, 1))
+                embedded = layer(embedded, context.rotary, context.mask, context.memory(index, 1), context.adapt(index))
         context.core_input = embedded
         return embedded
 
@@ -100,7 +100,7 @@ class OuroModel(OuroPreTrainedModel):
         if self.config.num_coda_layers:
             first = self.config.num_prelude_layers + self.config.num_hidden_layers
             for index, layer in enumerate(self.coda, start=first):
-                state = layer(state, context.rotary, context.mask, context.memory(index, 1))
+                state = layer(state, context.rotary, context.mask, context.memory(index, 1), context.adapt(index))
             return self.coda_norm(state)
         return state if self.config.loop_norm else self.norm(state)
 
