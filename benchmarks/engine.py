@@ -124,21 +124,28 @@ def throughput(model: OuroForCausalLM, shape: str, turns: int, tokens: int) -> l
 
 
 def share_head(model: OuroForCausalLM, shape: str, turns: int, tokens: int) -> list[Number]:
-    """Throughput of exits that wait for each other over that of exits that are read at once."""
+    """Throughput where rows wait for each other to share a product with the head, over that where none waits."""
     ticks, windows = model.config.total_ut_steps * tokens, dict[str, Window]()
-    kinds: dict[str, dict[str, Any]] = {
-        f"drawn exits, {ROWS} rows": {"drawn": True},
-        "drawn exits, 4 rows": {"drawn": True, "rows": 4},
-        f"full depth, {ROWS} rows in four loops": {"staggered": True},
+    drawn: dict[str, dict[str, Any]] = {
+        "at once": {},
+        "exits held a tick": {"hold": (1, NEVER)},
+        "exits held two ticks, or until 8 wait": {"hold": (2, ROWS // 2)},
     }
-    ways = {"at once": None, "a tick": (1, NEVER), "two ticks, or 8 rows": (2, ROWS // 2)}
+    kinds: dict[str, dict[str, dict[str, Any]]] = {
+        f"drawn exits, {ROWS} rows": {way: {"drawn": True, **fields} for way, fields in drawn.items()},
+        "drawn exits, 4 rows": {way: {"drawn": True, "rows": 4, **fields} for way, fields in drawn.items()},
+        f"full depth, {ROWS} rows": {
+            "at once": {"staggered": True, "in_step": False},
+            "newcomers wait until all start": {"staggered": True},
+        },
+    }
     for _ in range(turns):
-        for kind, fields in kinds.items():
-            for way, hold in ways.items():
-                _keep(windows, kind + way, serve(model, ticks=ticks, hold=hold, **{"rows": ROWS, **fields}))
+        for kind, ways in kinds.items():
+            for way, fields in ways.items():
+                _keep(windows, kind + way, serve(model, **{"rows": ROWS, "ticks": ticks, **fields}))
     return [
-        Number(shape, f"{kind}: the head waits {way}", windows[kind + way].rate / windows[f"{kind}at once"].rate)
-        for kind in kinds
+        Number(shape, f"{kind}: {way}", windows[kind + way].rate / windows[f"{kind}at once"].rate)
+        for kind, ways in kinds.items()
         for way in list(ways)[1:]
     ]
 

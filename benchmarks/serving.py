@@ -91,18 +91,22 @@ def serve(
     drawn: bool = False,
     hold: tuple[float, float] | None = None,
     staggered: bool = False,
+    in_step: bool = True,
 ) -> Window:
     """Run `rows` requests for a window of ticks.
 
     Args:
         drawn: exits are drawn with HAZARD; else all loops are run.
         hold: `ticks` and `rows` of `Holding`.
-        staggered: the requests come in T groups whose tokens are always in different loops; else all are in step.
+        staggered: the requests come in T groups, each when the one before is in another loop; else all at once.
+        in_step: whether full-depth rows wait for each other once, as the scheduler lets them.
     """
     loops, prompts = model.config.total_ut_steps, torch.randint(3, model.config.vocab_size, (rows, PROMPT))
     engine = Engine(model, kv_bytes=2 << 30, max_rows=rows, prefix_cache=False)
     if hold is not None:
         engine.runner = engine.scheduler.runner = Holding(model, engine.pool, *hold)
+    if not in_step:
+        engine.scheduler.in_step = lambda: False  # type: ignore[method-assign]
     sequences = []
     for seed, prompt in enumerate(prompts.tolist()):
         rule = SampledExit(seed) if drawn else None

@@ -78,12 +78,21 @@ class Scheduler:
 
     def starters(self) -> list[Sequence]:
         """Sequences whose newest token starts loop 1 now, each with room for it; some may have to give way."""
+        if self.runner.cohorts and self.in_step():
+            return []
         ready = [s for s in self.running if not s.prefilling and not s.flying]
         starting = [s for s in sorted(ready, key=_order) if s.slot is not None and self._grow(s)]
         starting = [s for s in starting if s.slot is not None]
         for sequence in starting:
             sequence.flying = True
         return starting
+
+    def in_step(self) -> bool:
+        """Whether all tokens go equally deep: rows that start together then stay together, and share the head.
+
+        A row that comes in between waits, once, for those in flight (docs/performance.md).
+        """
+        return len({s.loops for s in self.running}) == 1 and not any(s.options.adaptive for s in self.running)
 
     def chunks(self) -> list[Chunk]:
         """The chunks that start loop 1 next, in order of rank and as many as `chunk_tokens` holds."""

@@ -46,7 +46,7 @@ def test_every_row_comes_out(benchmark, tmp_path: Path, monkeypatch: pytest.Monk
     script.main()
     numbers = {number["what"]: number for number in json.loads(target.read_text())}
     judged = [what for what, number in numbers.items() if number["floor"] is not None]
-    assert len(judged) == 11 and len(numbers) == 11 + 3 + 6
+    assert len(judged) == 11 and len(numbers) == 11 + 3 + 5
     assert all(number["value"] > 0 for number in numbers.values())
     assert numbers["bytes of a new token, last / per_loop"]["value"] == 1 / 4
     assert numbers["64 requests, a pool for 8: all end, in order, no block left"]["value"] is True
