@@ -69,7 +69,7 @@ def _full_depth(model, options) -> None:  # type: ignore[no-untyped-def]
     print(f"{'batch':>6} {'plain tok/s':>12} {'ours tok/s':>11} {'speed-up':>9} {'ours GB/s':>10}")
     for batch in options.batches:
         ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
-        plain, ours = _seconds_a_token([partial(_plain_decode, model, ids), partial(_generate, model, ids)], options)
+        plain, ours = _seconds_a_token([partial(plain_decode, model, ids), partial(_generate, model, ids)], options)
         read = _bytes_a_token(model) / ours / 1e9
         print(f"{batch:6} {batch / plain:12.1f} {batch / ours:11.1f} {plain / ours:8.2f}x {read:10.1f}")
 
@@ -142,7 +142,7 @@ def _bytes_a_token(model) -> int:  # type: ignore[no-untyped-def]
     return 2 * (model.config.total_ut_steps * layers + model.lm_head.weight.numel())
 
 
-def _plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
+def plain_decode(model, ids, tokens):  # type: ignore[no-untyped-def]
     """Greedy decoding as the released code does it: T x L concatenating slots, separate projections, all loops."""
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention, silu

@@ -68,7 +68,7 @@ def test_the_python_runs(workplace: Path) -> None:
             [sys.executable, "-c", example], cwd=workplace, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert "tensor" in done.stdout
+        assert "tensor" in done.stdout or "loops a token" in done.stdout
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

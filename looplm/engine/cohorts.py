@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from looplm.engine.adapters import Adaptation
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.paged_pass import PagedPass
 from looplm.engine.rules import Replayed, merge
@@ -50,7 +51,9 @@ class Cohort:
         state = core.embed_tokens(ids)[:, None]
         if core.config.num_prelude_layers:
             ones = torch.ones_like(slots)
-            state = core.begin(PagedPass.over(core, pool, slots, ones, positions[:, None], ones[:, None] > 0), state)
+            context = PagedPass.over(core, pool, slots, ones, positions[:, None], ones[:, None] > 0)
+            context.adaptation = Adaptation.of([s.adapter for s in sequences], device)
+            state = core.begin(context, state)
         rows = torch.arange(len(sequences), device=device)
         rule = merge([s.rule() for s in sequences], device)
         tracker = ExitTracker(rule, rows, positions, least, most, pool.num_loops)
@@ -123,6 +126,7 @@ class Prefill:
         active, positions = steps < counts[:, None], begins[:, None] + steps
         positions = torch.where(active, positions, begins[:, None])  # padding looks at what is there, and is dropped
         context = PagedPass.over(core, pool, slots, torch.ones_like(slots), positions, active)
+        context.adaptation = Adaptation.of([c.sequence.adapter for c in chunks], device)
         state = core.begin(context, core.embed_tokens(torch.tensor(ids, device=device)))
         flat = active.flatten().nonzero()[:, 0]
         rows, known = flat // width, torch.tensor([depth for c in chunks for depth in c.depths], device=device)

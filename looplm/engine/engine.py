@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from os import PathLike
 from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from looplm.engine.adapters import Adapter, load_adapter
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.runner import Runner
 from looplm.engine.sampling import Drawn, SamplingParams, draw
@@ -43,13 +45,14 @@ class Engine:
         max_loops: deepest request; the configuration's `total_ut_steps` by default.
         chunk_tokens: prompt positions of one pass, padding included: smaller disturbs decoding less.
         prefix_cache: reuse the blocks of earlier prompts that begin alike (`per_loop` only).
+        adapters: LoRA adapters, name to PEFT folder; a request names its own (see `looplm.engine.adapters`).
 
     Attributes:
         ticks: steps so far.
         live: the unfinished sequences of each request.
 
     Raises:
-        ValueError: a policy, size or model that it cannot serve.
+        ValueError: a policy, size, model or adapter that it cannot serve.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Engine:
         max_loops: int | None = None,
         chunk_tokens: int = 256,
         prefix_cache: bool = True,
+        adapters: Mapping[str, str | PathLike[str]] | None = None,
     ) -> None:
         config = model.config
         max_loops = config.total_ut_steps if max_loops is None else max_loops
@@ -74,6 +78,7 @@ class Engine:
         if config.exit_gate_pooling != "token":
             raise ValueError("exit_gate_pooling is 'causal_mean': the engine needs 'token'; use generate")
         self.model, self.tokenizer, self.kv_policy = model.eval(), tokenizer, kv_policy
+        self.adapters = {name: load_adapter(name, folder, model) for name, folder in (adapters or {}).items()}
         self.pool = KVPool(
             config,
             budget=kv_bytes,
@@ -99,11 +104,11 @@ class Engine:
         """Check a request and make its `params.n` sequences; nothing runs yet.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, contradicting or impossible depths, or a request
-                too long for the context or for the pool.
+            ValueError: an empty prompt, ids outside the vocabulary, contradicting or impossible depths, an adapter
+                that is not there, or a request too long for the context or for the pool.
         """
         params = params or SamplingParams()
-        ids, options = self._encode(prompt), self._options(params)
+        ids, options, adapter = self._encode(prompt), self._options(params), self._adapter(params)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {params.stop}; stop strings need a tokenizer: Engine(model, tokenizer)")
         longest, limit = len(ids) + params.max_tokens, self.model.config.max_position_embeddings
@@ -123,7 +128,7 @@ class Engine:
         for index in range(params.n):
             stream = TextStream(self.tokenizer, ids, tuple(params.stop)) if self.tokenizer is not None else None
             own, rank = _shift_seed(options, index), (turn, request, index)
-            sequences.append(Sequence(request, index, ids, params, own, seed + index, rank, stream))
+            sequences.append(Sequence(request, index, ids, params, own, seed + index, rank, stream, adapter))
         return sequences
 
     def submit(self, sequences: list[Sequence]) -> int:
@@ -298,6 +303,14 @@ class Engine:
                 "before): use prefill='full'"
             )
         return options
+
+    def _adapter(self, params: SamplingParams) -> Adapter | None:
+        if params.adapter is None:
+            return None
+        if params.adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise ValueError(f"adapter is {params.adapter!r}; this engine was made with {known}: Engine(adapters=...)")
+        return self.adapters[params.adapter]
 
 
 def _shift_seed(options: DepthOptions, index: int) -> DepthOptions:

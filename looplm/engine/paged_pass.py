@@ -20,8 +20,9 @@ from looplm.engine.kv_pool import BLOCK, TRASH
 from looplm.model.context import PassContext
 
 if TYPE_CHECKING:
+    from looplm.engine.adapters import Adaptation
     from looplm.engine.kv_pool import KVPool
-    from looplm.model.layers import Memory
+    from looplm.model.layers import Adapt, Memory
     from looplm.model.stack import OuroModel
 
 
@@ -54,12 +55,16 @@ class Pages:
 
 @dataclass
 class PagedPass(PassContext):
-    """R rows with S queries each; `looped` are the pages of the core, `once` those of prelude and coda."""
+    """R rows with S queries each; `looped` are the pages of the core, `once` those of prelude and coda.
+
+    `adaptation` is what the rows' adapters add, set by whoever knows the rows.
+    """
 
     pool: KVPool = field(kw_only=True)
     looped: Pages = field(kw_only=True)
     once: Pages | None = field(kw_only=True)
     longest: int = field(kw_only=True)
+    adaptation: Adaptation | None = field(default=None, kw_only=True)
 
     @classmethod
     def over(
@@ -103,6 +108,10 @@ class PagedPass(PassContext):
         edge = layer if index < 0 else layer - self.num_core_layers
         return partial(self.once.exchange, store=self.pool.edge[edge], pool=self.pool, longest=self.longest)
 
+    def adapt(self, layer: int) -> Adapt | None:
+        """What the rows' adapters add in `layer`."""
+        return None if self.adaptation is None else partial(self.adaptation.add, layer=layer)
+
     def select(self, rows: Tensor) -> PagedPass:
         """The same pass for some rows, (n,) indices or (R,) bool."""
         cos, sin = self.rotary
@@ -113,6 +122,7 @@ class PagedPass(PassContext):
             positions=self.positions[rows],
             looped=self.looped.take(rows, self.length),
             once=None if self.once is None else self.once.take(rows, self.length),
+            adaptation=None if self.adaptation is None else self.adaptation.take(rows),
         )
 
     def writing(self, table: Tensor, written: Tensor) -> PagedPass:

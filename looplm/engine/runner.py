@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from looplm.engine.adapters import Adaptation
 from looplm.engine.cohorts import Chunk, Cohort, Prefill
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.paged_pass import PagedPass
@@ -83,6 +84,7 @@ class Runner:
         slots, loops, positions = torch.tensor(numbers, device=self.pool.tables.device).unbind(1)
         places = positions[:, None]
         context = PagedPass.over(core, self.pool, slots, loops, places, places >= 0)
+        context.adaptation = Adaptation.of([s.adapter for s in self.decoding], slots.device)
         if core.config.input_injection == "add":  # nothing is added before loop 1
             inputs = [c.core_input if c.loop else torch.zeros_like(c.core_input) for c in self.cohorts]
             context.core_input = torch.cat(inputs)[:, None]
@@ -115,11 +117,15 @@ class Runner:
         if not self.pool.single_slot:
             depths, most = torch.tensor([(depth, s.loops) for s, depth, *_ in notes], device=slots.device).unbind(1)
             self.pool.fill(slots[leaving], positions[leaving], depths, most)
-        with self._timed():
-            logits = self.model.lm_head(self._finish(state[leaving], context, leaving))[:, 0]
         for sequence, depth, *_ in notes:
             sequence.filled += 1
             sequence.depths.append(depth)
+        return self._read(state[leaving], context, leaving, notes)
+
+    def _read(self, state: Tensor, context: PagedPass, rows: Tensor, notes: list[Note]) -> list[Read]:
+        """The head on the states (n, 1, D) of rows that have left: one product for all of them."""
+        with self._timed():
+            logits = self.model.lm_head(self._finish(state, context, rows))[:, 0]
         return _reads(logits, notes)
 
     def fill(self) -> list[Read]:

@@ -40,6 +40,7 @@ class SamplingParams:
         exit_threshold, exit_rule, depth_budget: at most one, as in `generate`; their values are single numbers.
         min_loops, max_loops: limits of the depth; `max_loops` is full depth, the trained one by default.
         prefill: `full`, or `adaptive`: prompt positions stop by the rule too.
+        adapter: name of one of the engine's adapters; None for the model as it is.
     """
 
     max_tokens: int = 128
@@ -61,6 +62,7 @@ class SamplingParams:
     min_loops: int = 1
     max_loops: int | None = None
     prefill: Literal["full", "adaptive"] = "full"
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -78,12 +78,21 @@ class Scheduler:
 
     def starters(self) -> list[Sequence]:
         """Sequences whose newest token starts loop 1 now, each with room for it; some may have to give way."""
+        if self.runner.cohorts and self.in_step():
+            return []
         ready = [s for s in self.running if not s.prefilling and not s.flying]
         starting = [s for s in sorted(ready, key=_order) if s.slot is not None and self._grow(s)]
         starting = [s for s in starting if s.slot is not None]
         for sequence in starting:
             sequence.flying = True
         return starting
+
+    def in_step(self) -> bool:
+        """Whether all tokens go equally deep: rows that start together then stay together, and share the head.
+
+        A row that comes in between waits, once, for those in flight (docs/performance.md).
+        """
+        return len({s.loops for s in self.running}) == 1 and not any(s.options.adaptive for s in self.running)
 
     def chunks(self) -> list[Chunk]:
         """The chunks that start loop 1 next, in order of rank and as many as `chunk_tokens` holds."""
@@ -183,13 +192,14 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 
 
 def _keys(sequence: Sequence) -> Iterator[Hashable]:
-    """What the full blocks of a prompt are found by: all tokens up to their end, and what decides their depths."""
-    decides: Hashable = sequence.loops
+    """What the full blocks of a prompt are found by: all tokens up to their end, adapter, what decides their depths."""
+    adapter = sequence.params.adapter
+    decides: Hashable = (adapter, sequence.loops)
     if sequence.options.prefill == "adaptive":
         rule = sequence.prompt_rule()
         if not isinstance(rule, Hashable):
             return
-        decides = (rule, sequence.options.min_loops, sequence.loops)
+        decides = (adapter, rule, sequence.options.min_loops, sequence.loops)
     digest = hashlib.sha256()
     for end in range(BLOCK, len(sequence.prompt) + 1, BLOCK):
         digest.update(array("q", sequence.prompt[end - BLOCK : end]).tobytes())

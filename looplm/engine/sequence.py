@@ -16,6 +16,7 @@ from looplm.exits import ExitRule, FixedDepth, QExit
 from looplm.model.depth import DepthOptions, budget_threshold
 
 if TYPE_CHECKING:
+    from looplm.engine.adapters import Adapter
     from looplm.engine.kv_pool import Block, Saved
     from looplm.engine.text import TextStream
 
@@ -91,6 +92,7 @@ class Sequence:
         flying: whether a token or chunk of it is between loops.
         slot: its row in the pool's tables; None while it waits.
         saved: its pages, where they were copied out.
+        adapter: what its rows wear.
     """
 
     request: int
@@ -101,6 +103,7 @@ class Sequence:
     seed: int
     rank: tuple[int, int, int]
     stream: TextStream | None = None
+    adapter: Adapter | None = None
     new: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     filled: int = 0

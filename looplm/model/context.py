@@ -19,7 +19,7 @@ from looplm.model.cache import LoopCache
 
 if TYPE_CHECKING:
     from looplm.model.few_rows import FewRows
-    from looplm.model.layers import Memory
+    from looplm.model.layers import Adapt, Memory
     from looplm.model.stack import OuroModel
 
 
@@ -111,6 +111,10 @@ class PassContext:
             store = partial(self.cache.slots[layer].update, slot=loop - 1, rows=self.rows)
         in_core = 0 <= layer - self.num_prelude_layers < self.num_core_layers
         return partial(self._freeze, layer=layer, store=store) if self.active is not None and in_core else store
+
+    def adapt(self, layer: int) -> Adapt | None:
+        """What is added to the projections of `layer`, row by row: nothing, but see `looplm.engine.paged_pass`."""
+        return None
 
     def _freeze(self, key: Tensor, value: Tensor, layer: int, store: Memory | None) -> tuple[Tensor, Tensor]:
         """Positions past their exit go on offering what they offered in the loop before."""

@@ -18,6 +18,8 @@ from looplm.model.projections import OuroLinear
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
+Adapt = Callable[[str, Tensor, Tensor], Tensor]
+"""Takes a projection's name, input and output (B, S, ...); returns the output with the rows' adapters added."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,6 +88,12 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def _project(name: str, linear: nn.Module, x: Tensor, adapt: Adapt | None) -> Tensor:
+    """A projection of (B, S, inputs), with what the rows' adapters add to it."""
+    projected: Tensor = linear(x)
+    return projected if adapt is None else adapt(name, x, projected)
+
+
 class OuroAttention(nn.Module):
     """Causal attention with rotary positions; grouped-query where H_kv < H."""
 
@@ -109,12 +117,18 @@ class OuroAttention(nn.Module):
         self.o_proj = OuroLinear(queries, width)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Memory | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        memory: Memory | None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
-        projections = self.q_proj, self.k_proj, self.v_proj
-        query, key, value = (project(hidden).view(shape).transpose(1, 2) for project in projections)
+        projections = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+        projected = [_project(name, linear, hidden, adapt) for name, linear in projections.items()]
+        query, key, value = (part.view(shape).transpose(1, 2) for part in projected)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -123,7 +137,8 @@ class OuroAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(mixed.reshape(*hidden.shape[:2], -1))
+        mixed = mixed.reshape(*hidden.shape[:2], -1)
+        return _project("o_proj", self.o_proj, mixed, adapt)
 
 
 class OuroMLP(nn.Module):
@@ -137,9 +152,10 @@ class OuroMLP(nn.Module):
         self.down_proj = OuroLinear(inner, width)
         self.act = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, adapt: Adapt | None = None) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate = self.act(_project("gate_proj", self.gate_proj, hidden, adapt))
+        return _project("down_proj", self.down_proj, gate * _project("up_proj", self.up_proj, hidden, adapt), adapt)
 
 
 class OuroDecoderLayer(nn.Module):
@@ -163,9 +179,10 @@ class OuroDecoderLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         memory: Memory | None = None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
         """(B, S, D) to (B, S, D); `mask` as the attention backend wants it."""
-        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory)
+        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory, adapt)
         hidden = hidden + (self.input_layernorm_2(mixed) if self.sandwich else mixed)
-        mixed = self.mlp(self.post_attention_layernorm(hidden))
+        mixed = self.mlp(self.post_attention_layernorm(hidden), adapt)
         return hidden + (self.post_attention_layernorm_2(mixed) if self.sandwich else mixed)

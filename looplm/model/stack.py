@@ -81,14 +81,14 @@ class OuroModel(OuroPreTrainedModel):
     def _through(self, layers: nn.ModuleList, first: int, state: Tensor, context: PassContext, loop: int) -> Tensor:
         """(R, S, D) through some layers; `first` is the number of the first, prelude, core and coda counted through."""
         if first not in context.few:
-            context.few[first] = few_rows.gather(layers, state)
+            context.few[first] = None if context.adapt(first) else few_rows.gather(layers, state)
         few = context.few[first]
         if few is not None:
             for index, weights in enumerate(few, start=first):
                 state = few_rows.step(weights, state, context.rotary, context.mask, context.memory(index, loop))
             return state
         for index, layer in enumerate(layers, start=first):
-            state = layer(state, context.rotary, context.mask, context.memory(index, loop))
+            state = layer(state, context.rotary, context.mask, context.memory(index, loop), context.adapt(index))
         return state
 
     def gate(self, state: Tensor, context: PassContext) -> Tensor:

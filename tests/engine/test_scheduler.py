@@ -224,3 +224,22 @@ def test_short_prompts_share_their_passes() -> None:
     calls.clear()
     engine.generate([tokens(n, seed=n).tolist() for n in (7, 20)], SamplingParams(max_tokens=1))
     assert calls == [(1, 7)] * 3 + [(1, 20)] * 3, "padding counts: two rows of 20 are more than 32"
+
+
+@pytest.mark.parametrize(("late", "most"), [({}, 1), ({"max_loops": 2}, 2), ({"exit_threshold": 0.9}, 2)])
+def test_rows_of_one_depth_fall_into_step(late: dict[str, float], most: int) -> None:
+    """At one full depth a newcomer starts with the others; where depths differ or are open it does not wait."""
+    engine = Engine(tiny_model(), kv_bytes=1 << 20)
+    first = engine.prepare(tokens(5, seed=1).tolist(), SamplingParams(max_tokens=20))[0]
+    engine.submit([first])
+    while not first.new:
+        engine.step()
+    engine.step()  # its token is between loops 1 and 2 when the other's prompt begins
+    second = engine.prepare(tokens(5, seed=2).tolist(), SamplingParams(max_tokens=8, **late))[0]
+    engine.submit([second])
+    flying = []
+    while engine.busy:
+        engine.step()
+        flying.append(len(engine.runner.cohorts))
+    assert max(flying) == most and len(second.new) == 8
+    blocks_are_free(engine)
