@@ -14,9 +14,11 @@ import tyro
 from looplm.commands.benching import bench
 from looplm.commands.converting import retrofit
 from looplm.commands.data import data
+from looplm.commands.evaluating import completed, evaluate
 from looplm.commands.generating import generate
 from looplm.commands.inspecting import trace
 from looplm.commands.lab import lab
+from looplm.commands.study import study
 from looplm.commands.training import demo, train
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
@@ -31,6 +33,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "convert": convert,
     "verify": verify,
+    "eval": evaluate,
+    "study": study,
     "lab": lab,
     "bench": bench,
 }
@@ -53,7 +57,9 @@ def main() -> None:
         run = tyro.extras.subcommand_cli_from_dict
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        run(COMMANDS, prog="looplm", description="The toolkit for looped language models.")
+        run(
+            COMMANDS, args=completed(sys.argv[1:]), prog="looplm", description="The toolkit for looped language models."
+        )
     except (ValueError, OSError) as error:
         _fail(error, 2)
     except FloatingPointError as error:

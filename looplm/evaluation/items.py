@@ -6,7 +6,7 @@ or a list of texts that are all right). Both may have `id` and `category` (or `s
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,12 @@ def load_items(path: str | Path) -> list[Item] | list[Question]:
     if path.suffix == ".json":
         return load_bigbench(path)
     items = [_record(record, f"{path} line {number}", str(number)) for number, record in _lines(path)]
-    if not items:
-        raise ValueError(f"{path} has no items; it needs one JSON object a line")
     return _one_kind(items, str(path))
+
+
+def items_of(rows: Iterable[Mapping[str, Any]], name: str) -> list[Item] | list[Question]:
+    """The items of rows with the fields of a JSON line. Raises ValueError as `load_items`."""
+    return _one_kind([_record(row, f"{name} row {n}", str(n)) for n, row in enumerate(rows, start=1)], name)
 
 
 def load_choices(path: str | Path) -> list[Item]:
@@ -131,7 +134,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _record(record: Any, where: str, name: str) -> Item | Question:
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise ValueError(f"{where} is no JSON object")
     prompt = record.get("question", record.get("prompt"))
     if not isinstance(prompt, str) or not prompt.strip():
