@@ -215,7 +215,7 @@ class RubricJudge:
 
     @property
     def name(self) -> str:
-        """Address and model. Raises JudgeUnavailable where the server has to be asked for its model and is not there."""
+        """Address and model. Raises JudgeUnavailable as `ChatEndpoint.model`."""
         return f"{self.endpoint.url} {self.endpoint.model}"
 
     def __call__(self, prompt: str, completion: str) -> Verdict:
@@ -229,7 +229,7 @@ class RubricJudge:
 
 
 def grade_in(reply: str) -> int | None:
-    """The last "grade: N" of a reply behind its thoughts, or a reply that is a grade alone; None without one in 1..5."""
+    """The last "grade: N" of a reply behind its thoughts, or a grade that is all of it; None without one in 1..5."""
     said = reply.rpartition("</think>")[2]
     found = re.findall(r"\bgrade\W{0,5}([0-9]+)", said, flags=re.IGNORECASE) or re.findall(r"^\W*([0-9]+)\W*$", said)
     return int(found[-1]) if found and 1 <= int(found[-1]) <= WORST else None

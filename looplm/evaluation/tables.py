@@ -47,9 +47,8 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        shown = RichTable(
-            title=self.title, title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left"
-        )
+        notes = Text("\n".join(self.notes)) if self.notes else None
+        shown = RichTable(title=Text(self.title), title_justify="left", caption=notes, caption_justify="left")
         for place, name in enumerate(self.header):
             shown.add_column(Text(name), justify="right" if place else "left")
         for row in self.rows:
