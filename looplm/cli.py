@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from looplm.commands.benching import bench
+from looplm.commands.calibrating import calibrate
 from looplm.commands.converting import retrofit
 from looplm.commands.data import data
 from looplm.commands.evaluating import completed, evaluate
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "eval": evaluate,
     "study": study,
+    "calibrate": calibrate,
     "lab": lab,
     "bench": bench,
 }

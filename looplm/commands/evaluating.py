@@ -107,13 +107,24 @@ def split_names(written: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def report(
+    folder: Annotated[Positional[str], arg(metavar="DIR", help="results of `looplm eval` and `looplm study`")],
+) -> None:
+    """Gather the results of a folder on one HTML page a model: tables, figures, recipes, the calibrated exit."""
+    from looplm.evaluation.reporting import report_pages
+
+    for page in report_pages(folder):
+        print(f"page {page}")
+
+
 RUN = Annotated[Any, subcommand("run", constructor=run_eval)]
 COMPARE = Annotated[Any, subcommand("compare", constructor=compare)]
+REPORT = Annotated[Any, subcommand("report", constructor=report)]
 SUBCOMMANDS = ("run", "compare", "report")
 """What may stand behind `looplm eval`; anything else is a model, as if `run` stood before it."""
 
 
-def evaluate(command: OmitArgPrefixes[OmitSubcommandPrefixes[RUN | COMPARE]]) -> None:
+def evaluate(command: OmitArgPrefixes[OmitSubcommandPrefixes[RUN | COMPARE | REPORT]]) -> None:
     """Tasks at any depth with their recipe: `looplm eval MODEL --tasks ...`; what two results differ in."""
 
 

@@ -4,6 +4,9 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from looplm.commands.behaviour import faithfulness, safety
+from looplm.commands.depth_studies import exit_frontier, kv_sharing, perplexity
+
 
 def depth_sweep(
     model: Annotated[Positional[str], arg(help="a model folder or hub name")],
@@ -48,7 +51,13 @@ def depth_sweep(
 
 
 DEPTH_SWEEP = Annotated[Any, subcommand("depth-sweep", constructor=depth_sweep)]
+SAFETY = Annotated[Any, subcommand("safety", constructor=safety)]
+FAITHFULNESS = Annotated[Any, subcommand("faithfulness", constructor=faithfulness)]
+EXIT_FRONTIER = Annotated[Any, subcommand("exit-frontier", constructor=exit_frontier)]
+KV_SHARING = Annotated[Any, subcommand("kv-sharing", constructor=kv_sharing)]
+PERPLEXITY = Annotated[Any, subcommand("perplexity", constructor=perplexity)]
+ENTRIES = DEPTH_SWEEP | EXIT_FRONTIER | KV_SHARING | PERPLEXITY | SAFETY | FAITHFULNESS
 
 
-def study(command: OmitArgPrefixes[OmitSubcommandPrefixes[DEPTH_SWEEP]]) -> None:
+def study(command: OmitArgPrefixes[OmitSubcommandPrefixes[ENTRIES]]) -> None:
     """The paper's studies on a model of one's own: tables, figures and JSON."""

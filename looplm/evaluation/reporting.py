@@ -16,6 +16,7 @@ from typing import Any
 
 from looplm.display import printable
 from looplm.evaluation.frontier_tables import text_chart
+from looplm.evaluation.results import KIND
 from looplm.evaluation.saving import standalone
 from looplm.files import write_text
 from looplm.training.report import page
@@ -83,7 +84,9 @@ def render_page(results: Sequence[tuple[Path, Result]]) -> str:
     recipe = results[0][1]["recipe"]
     ordered = sorted(results, key=lambda pair: (_place(pair[1]), str(pair[0])))
     calibrated = _calibrated([result for _, result in results])
-    body = "".join(_section(path, result, calibrated) for path, result in ordered)
+    tasks = [result for _, result in ordered if result.get("kind") == KIND]
+    studies = [(path, result) for path, result in ordered if result.get("kind") != KIND]
+    body = _tasks(tasks) + "".join(_section(path, result, calibrated) for path, result in studies)
     loops = f"{recipe.get('loops')} loops · " if recipe.get("loops") else ""
     subtitle = f"{loops}{recipe.get('dtype', '')} · fingerprint {str(recipe['fingerprint'])[:12]}"
     return page(title=_text(f"What {recipe['model']} can do, at every depth"), subtitle=_text(subtitle), loops=body)
@@ -110,28 +113,37 @@ def _calibrated(results: Sequence[Result]) -> dict[str, Any] | None:
     return None
 
 
+def _tasks(results: Sequence[Result]) -> str:
+    """What `looplm eval` measured: a row a task, depth and metric."""
+    rows = []
+    for result in results:
+        recipe, cost = result["recipe"], result.get("cost") or {}
+        rule, mode = recipe.get("exit_rule"), recipe.get("exit_mode")
+        depth = f"{rule}, {mode}" if rule else f"{recipe['loops']} loops"
+        loops = "–" if cost.get("loops_read") is None else f"{cost['loops_read']:.2f}"
+        for name, metric in result["metrics"].items():
+            error = "" if metric.get("stderr") is None else f" ± {metric['stderr']:.4f}"
+            rows.append([str(recipe.get("task")), depth, name, f"{metric['value']:.4f}{error}", loops])
+    if not rows:
+        return ""
+    caption = "Scores with their standard errors; the loops are means over the positions that were read."
+    shown = table(caption, ["Task", "Depth", "Metric", "Score", "Loops read"], rows)
+    return section("Tasks", "", shown + "".join(_recipe(result["recipe"], result["name"]) for result in results))
+
+
 def _section(path: Path, result: Result, calibrated: Mapping[str, Any] | None) -> str:
     """One result: its figures, its tables, its recipe folded."""
     study = _study(result)
     figures = "".join(_figure(svg) for svg in _figures(path, result, calibrated))
     shown = f'<div class="charts">{figures}</div>' if figures else ""
-    tables = (
-        "".join(_table(each) for each in result.get("tables") or [result["table"]] if each) if _tables(result) else ""
-    )
+    tables = "".join(map(_table, result.get("tables") or []))
     return section(_text(TITLES.get(study, study)), "", shown + tables + _recipe(result["recipe"]))
-
-
-def _tables(result: Result) -> bool:
-    return bool(result.get("tables") or result.get("table"))
 
 
 def _figures(path: Path, result: Result, calibrated: Mapping[str, Any] | None) -> list[str]:
     """The SVG texts of a result."""
-    files = [
-        svg
-        for svg in sorted(path.parent.glob(f"{path.stem}*.svg"))
-        if re.fullmatch(r"(-\d+)?", svg.stem[len(path.stem) :])
-    ]
+    stem = path.stem
+    files = (svg for svg in sorted(path.parent.glob(f"{stem}*.svg")) if svg.stem[len(stem) :][:1] in ("", "-"))
     texts = [svg.read_text(encoding="utf-8") for svg in files]
     if _study(result) == "exit-frontier" and "text" in result and calibrated is not None:
         texts[:1] = [standalone(text_chart(result["text"], calibrated))]
@@ -152,14 +164,14 @@ def _table(shown: Mapping[str, Any]) -> str:
     return table(f"{shown['title']}. {notes}".strip(), list(shown["header"]), [list(row) for row in shown["rows"]])
 
 
-def _recipe(recipe: Mapping[str, Any]) -> str:
+def _recipe(recipe: Mapping[str, Any], name: str = "") -> str:
     """The recipe's fields that say something, folded."""
     rows = "".join(
         f"<dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(_plain(value))}</dd>"
         for name, value in recipe.items()
         if value not in (None, "", {})
     )
-    return f'<details><summary>Recipe</summary><div class="facts"><dl>{rows}</dl></div></details>'
+    return f'<details><summary>Recipe{_text(f" of {name}" if name else "")}</summary><div class="facts"><dl>{rows}</dl></div></details>'
 
 
 def _plain(value: Any) -> str:
