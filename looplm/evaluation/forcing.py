@@ -1,7 +1,7 @@
 """Log-probabilities under KV policies that have no parallel form: the target is generated, each token forced.
 
-Ouro Table 14. Under `last` and `average` a query in loop 1 needs the last loop of the token before, so a text can only be
-scored as it would be generated: the prompt in one pass, its keys collapsed, then one token after the other. The
+Ouro Table 14. Under `last` and `average` a query in loop 1 needs the last loop of the token before, so a text can only
+be scored as it would be generated: the prompt in one pass, its keys collapsed, then one token after the other. The
 numbers are those of `generate` itself; the target decides what it goes on with.
 """
 

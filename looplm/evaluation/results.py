@@ -27,7 +27,8 @@ class ItemScore:
     """One item.
 
     Attributes:
-        id: its name or number in the task; doc: the start of the SHA-256 of the document, which pairs items of two files.
+        id: its name or number in the task.
+        doc: the start of the SHA-256 of the document, which pairs the items of two files.
         category: where the data names one.
         scores: by metric and filter, e.g. "exact_match,strict-match"; a number each.
         outputs: the generated texts; empty of log-likelihood tasks.

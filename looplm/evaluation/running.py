@@ -82,7 +82,7 @@ def run_tasks(model_name: str, settings: Settings, output: Path) -> list[Result]
     if settings.chat_template and not tokenizer.chat_template:
         raise ValueError(f"{model_name} has no chat template; leave --chat-template out")
     base = Recipe(
-        model=model_name,
+        model=model_title(model_name),
         fingerprint=fingerprint_model(model_name),
         dtype=str(model.dtype).removeprefix("torch."),
         loops=config.total_ut_steps,
@@ -111,12 +111,20 @@ def run_tasks(model_name: str, settings: Settings, output: Path) -> list[Result]
     return results if judge is None else _judged(results, judge, output)
 
 
+def model_title(name_or_path: str) -> str:
+    """A model's name without the folders around it: of RUN/model it is RUN, of a hub model its name."""
+    folder = Path(name_or_path)
+    if not folder.exists():
+        return name_or_path
+    return folder.parent.absolute().name if folder.name == "model" else folder.absolute().name
+
+
 def check_depths(config: OuroConfig, depths: Sequence[Depth], kv_policy: KVPolicy) -> None:
     """Refuse depths that this model does not have.
 
     Raises:
-        ValueError: a rule that freezes without a gate for each token, confidence behind a coda while positions freeze, a
-            rule on one loop, two depths of one name, a rule that selects under a KV policy without parallel form.
+        ValueError: a rule that freezes without a gate for each token, confidence behind a coda while positions freeze,
+            a rule on one loop, two depths of one name, a rule that selects under a KV policy without parallel form.
     """
     names = [depth.name for depth in depths]
     repeated = next((name for name in names if names.count(name) > 1), None)
