@@ -143,7 +143,11 @@ def _section(path: Path, result: Result, calibrated: Mapping[str, Any] | None) -
 def _figures(path: Path, result: Result, calibrated: Mapping[str, Any] | None) -> list[str]:
     """The SVG texts of a result."""
     stem = path.stem
-    files = (svg for svg in sorted(path.parent.glob(f"{stem}*.svg")) if svg.stem[len(stem) :][:1] in ("", "-"))
+    files = (
+        svg
+        for svg in sorted(path.parent.glob(f"{stem}*.svg"), key=lambda svg: svg.stem)
+        if svg.stem[len(stem) :][:1] in ("", "-")
+    )
     texts = [svg.read_text(encoding="utf-8") for svg in files]
     if _study(result) == "exit-frontier" and "text" in result and calibrated is not None:
         texts[:1] = [standalone(text_chart(result["text"], calibrated))]
@@ -171,7 +175,8 @@ def _recipe(recipe: Mapping[str, Any], name: str = "") -> str:
         for name, value in recipe.items()
         if value not in (None, "", {})
     )
-    return f'<details><summary>Recipe{_text(f" of {name}" if name else "")}</summary><div class="facts"><dl>{rows}</dl></div></details>'
+    whose = _text(f" of {name}") if name else ""
+    return f'<details><summary>Recipe{whose}</summary><div class="facts"><dl>{rows}</dl></div></details>'
 
 
 def _plain(value: Any) -> str:
