@@ -48,6 +48,7 @@ def run_eval(
     fixed = parse_loops(loops) if loops is not None else [] if exit else [trained]
     depths = [Depth(loop) for loop in fixed]
     depths += [Depth.of_rule(rule, trained, exit_mode, prefill) for rule in split_names(exit)]
+    need_harness()
     from looplm.evaluation.running import Settings, run_tasks
     from looplm.evaluation.showing import paper_table, results_table
 
@@ -97,6 +98,14 @@ def compare(
         write_json(json, found.as_dict())
     console = Console()
     console.print(found.text(), markup=False, highlight=False, soft_wrap=True)
+
+
+def need_harness() -> None:
+    """Refuse to go on without lm-eval; raises ValueError with how to get it."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed: pip install 'looplm[eval]'")
 
 
 def split_names(written: Sequence[str]) -> tuple[str, ...]:

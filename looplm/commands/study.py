@@ -26,11 +26,12 @@ def depth_sweep(
     from rich.console import Console
 
     from looplm.commands import command_line
-    from looplm.commands.evaluating import split_names
+    from looplm.commands.evaluating import need_harness, split_names
     from looplm.evaluation.depths import Depth, parse_loops
 
     depths = tuple(Depth(loop) for loop in parse_loops(loops))
     names = split_names(tasks)
+    need_harness()
     from looplm.evaluation.running import Settings
     from looplm.evaluation.sweep import run_sweep
 

@@ -7,6 +7,7 @@ numbers are those of `generate` itself; the target decides what it goes on with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def score_forced(
 
     Raises:
         ValueError: a rule that selects; more tokens than the context holds.
+        FloatingPointError: logits or a gate that are not finite.
     """
     for depth in depths:
         if depth.rule is not None and depth.mode == "select":
@@ -81,6 +83,9 @@ def _run(
     depths: dict[str, Any] = {"adaptive_loop": False, "num_loop_steps": depth.loops}
     if depth.rule is not None:
         depths = {"exit_rule": depth.rule, "max_loops": depth.loops, "prefill": depth.prefill}
+    quiet = logging.getLogger("transformers.generation.utils")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it warns of the end token that never comes
     result = model.generate(
         ids,
         attention_mask=mask,
@@ -93,6 +98,10 @@ def _run(
         kv_policy=kv_policy,
         **depths,
     )
+    quiet.setLevel(level)
+    failed = [error for error in result.errors if error]
+    if failed:
+        raise FloatingPointError(failed[0])
     return torch.stack(forced.log_probabilities, 1), torch.stack(forced.greedy, 1), result
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import stop_sequences_criteria
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 

@@ -12,7 +12,7 @@ lm-eval's own class does), so a run that is continued gives the numbers of one t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from looplm.evaluation.items import Item
 from looplm.exit_tracker import ExitTracker
 from looplm.exits import ExitRule, FixedDepth, LoopView
 from looplm.model.context import PassContext
+from looplm.model.exiting import select
 from looplm.model.freezing import freeze
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import READ_BYTES
@@ -238,27 +239,59 @@ def _freezes(depth: Depth) -> bool:
 
 def _shared_pass(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth]) -> list[_Read]:
     """One run of as many loops as the deepest of the depths; each loop's read positions are kept, no others."""
-    core, last = model.model, max(depth.loops for depth in depths)
-    rules = [depth for depth in depths if depth.rule is not None]
-    needed = {depth.loops for depth in depths} | set(range(1, max([depth.loops for depth in rules], default=0) + 1))
+    core, coda = model.model, model.config.num_coda_layers > 0
+    last, rules = max(depth.loops for depth in depths), [depth for depth in depths if depth.rule is not None]
+    fixed = {depth.loops for depth in depths if depth.rule is None}
+    needed = fixed if coda else fixed | set(range(1, max([depth.loops for depth in rules], default=0) + 1))
     embedded = core.embed(batch.ids, None)
     context = PassContext.build(core, embedded, None, None, None, False, last)
-    state = core.begin(context, embedded)
-    states, reads, gates = [], {}, []
+    state, kept = core.begin(context, embedded), _Kept()
     for loop in range(1, last + 1):
         state, gate = core.loop(state, context, loop)
-        gates.append(gate.flatten()[batch.index])
         if rules:
-            states.append(state.flatten(0, 1)[batch.index])
+            kept.gates.append(gate if coda else gate.flatten()[batch.index])
+            kept.states.append(state if coda else state.flatten(0, 1)[batch.index])
         if loop in needed:
-            reads[loop] = core.finish(state, context).flatten(0, 1)[batch.index]
-    position = batch.index % batch.ids.shape[1]
-    found = [
-        _read_rows(model, batch.targets, position, depths, states, reads, gates, part) for part in _parts(model, batch)
-    ]
-    run = batch.lengths
+            kept.reads[loop] = core.finish(state, context).flatten(0, 1)[batch.index]
+    if not coda:
+        return _read_all(model, batch, depths, kept)
+    plain = iter(_read_all(model, batch, [depth for depth in depths if depth.rule is None], kept))
+    return [next(plain) if d.rule is None else _selected(model, batch, d, kept, context) for d in depths]
+
+
+@dataclass
+class _Kept:
+    """What is left of a shared pass: by loop what the head reads, and for rules states and gates after loops 1..T."""
+
+    reads: dict[int, Tensor] = field(default_factory=dict)
+    states: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
+
+
+def _selected(model: OuroForCausalLM, batch: _Batch, depth: Depth, kept: _Kept, context: PassContext) -> _Read:
+    """A rule that selects before a coda, which runs once and sees every position at its own exit, as in `forward`."""
+    assert depth.rule is not None
+    gates = torch.stack(kept.gates[: depth.loops], dim=-1)
+    state, exits = select(model, kept.states[: depth.loops], gates, depth.rule, context, 0)
+    read = model.model.finish(state, context).flatten(0, 1)[batch.index]
+    return _Read(*_read_targets(model, batch, read), exits.flatten()[batch.index], batch.lengths * depth.loops)
+
+
+def _read_targets(model: OuroForCausalLM, batch: _Batch, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and matches (R,) of the targets, of what the head reads (R, D)."""
+    log_p, match = [], []
+    for part in _parts(model, batch):
+        found = _log_probabilities(model, read[part])
+        log_p.append(found.gather(1, batch.targets[part][:, None])[:, 0])
+        match.append(found.argmax(-1) == batch.targets[part])
+    return torch.cat(log_p), torch.cat(match)
+
+
+def _read_all(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth], kept: _Kept) -> list[_Read]:
+    """Every depth of a shared pass, a chunk of read positions after the other."""
+    found = [_read_rows(model, batch, depths, kept, part) for part in _parts(model, batch)]
     return [
-        _Read(*(torch.cat([part[n][k] for part in found]) for k in range(3)), run * depth.loops)
+        _Read(*(torch.cat([part[n][k] for part in found]) for k in range(3)), batch.lengths * depth.loops)
         for n, depth in enumerate(depths)
     ]
 
@@ -270,42 +303,34 @@ def _parts(model: OuroForCausalLM, batch: _Batch) -> Iterator[slice]:
 
 
 def _read_rows(
-    model: OuroForCausalLM,
-    targets: Tensor,
-    positions: Tensor,
-    depths: Sequence[Depth],
-    states: Sequence[Tensor],
-    reads: dict[int, Tensor],
-    gates: Sequence[Tensor],
-    part: slice,
+    model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth], kept: _Kept, part: slice
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Log-probability, match and depth of some read positions at every depth; one vocabulary product a loop."""
-    wanted = targets[part]
+    wanted, positions = batch.targets[part], batch.index[part] % batch.ids.shape[1]
     rows = torch.zeros_like(wanted)
     trackers = {
-        n: ExitTracker(depth.rule, rows, positions[part], 1, depth.loops)
+        n: ExitTracker(depth.rule, rows, positions, 1, depth.loops)
         for n, depth in enumerate(depths)
         if depth.rule is not None
     }
     log_p, match = {}, {}
-    for loop, read in reads.items():
+    for loop, read in kept.reads.items():
         found = _log_probabilities(model, read[part])
         log_p[loop] = found.gather(1, wanted[:, None])[:, 0]
         match[loop] = found.argmax(-1) == wanted
         for tracker in trackers.values():
             active = tracker.active
             if len(active):
-                state, gate = states[loop - 1][part][active], gates[loop - 1][part][active]
+                state, gate = kept.states[loop - 1][part][active], kept.gates[loop - 1][part][active]
                 tracker.step(loop, gate, state, lambda _, found=found, active=active: found[active].float())  # type: ignore[misc]
-    every = torch.arange(len(wanted), device=wanted.device)
-    result = []
+    every, result = torch.arange(len(wanted), device=wanted.device), []
     for n, depth in enumerate(depths):
         if n not in trackers:
             result.append((log_p[depth.loops], match[depth.loops], torch.full_like(wanted, depth.loops)))
             continue
-        exits = trackers[n].depths
-        tables = (torch.stack([table[loop] for loop in range(1, depth.loops + 1)]) for table in (log_p, match))
-        result.append((*(table[exits - 1, every] for table in tables), exits))  # type: ignore[arg-type]
+        exits, loops = trackers[n].depths, range(1, depth.loops + 1)
+        tables = [torch.stack([table[loop] for loop in loops])[exits - 1, every] for table in (log_p, match)]
+        result.append((tables[0], tables[1], exits))
     return result
 
 
@@ -339,13 +364,8 @@ def _frozen(model: OuroForCausalLM, batch: _Batch, depth: Depth) -> _Read:
     context = PassContext.build(core, embedded, None, None, None, False, depth.loops)
     frozen = freeze(model, embedded, context, rule, 1, depth.loops)
     read = core.finish(frozen.state, context).flatten(0, 1)[batch.index]
-    log_p, match = [], []
-    for part in _parts(model, batch):
-        found = _log_probabilities(model, read[part])
-        log_p.append(found.gather(1, batch.targets[part][:, None])[:, 0])
-        match.append(found.argmax(-1) == batch.targets[part])
     run = frozen.depths.masked_fill(padding, 0).sum(1)
-    return _Read(torch.cat(log_p), torch.cat(match), frozen.depths.flatten()[batch.index], run)
+    return _Read(*_read_targets(model, batch, read), frozen.depths.flatten()[batch.index], run)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Request:
