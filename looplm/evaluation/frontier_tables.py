@@ -79,16 +79,14 @@ def text_chart(found: Mapping[str, Any], marked: Mapping[str, Any] | None = None
     return frontier_chart(frozen_curves(found["curves"]), marked=marked)
 
 
-def flops_chart(
-    found: Mapping[str, Any], measure: str = "above_full", unit: str = "nats a token above full depth"
-) -> str:
+def flops_chart(found: Mapping[str, Any]) -> str:
     """The same against FLOPs, in loops of full-depth cost: share of the full FLOPs times T."""
     loops = len(found["curves"][STATIC])
     moved = {
         name: [{**point, "loops": point["flops_share"] * loops} for point in points]
         for name, points in frozen_curves(found["curves"]).items()
     }
-    return frontier_chart(moved, measure, f"{unit}, against FLOPs")
+    return frontier_chart(moved, axis="FLOPs, in units of a loop of the full pass")
 
 
 def item_chart(found: Mapping[str, Any]) -> str:

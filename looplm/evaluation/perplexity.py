@@ -85,7 +85,7 @@ class Perplexity:
             {"setting": row.loop, "loops": row.loop, "loss": row.nats, "loss_interval": row.nats_interval}
             for row in self.loops
         ]
-        return frontier_chart({"every position after the same loop": points}, "loss", "nats a token")
+        return frontier_chart({"every position after the same loop": points}, "loss", "nats a token", "loop")
 
 
 def strided(ids: Sequence[int], window: int, stride: int) -> list[Request]:

@@ -128,6 +128,7 @@ def frontier_chart(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     measure: str = "above_full",
     unit: str = "nats a token above full depth",
+    axis: str = "mean loops",
     marked: Mapping[str, Any] | None = None,
 ) -> str:
     """A measure against mean loops: a line a rule, its settings as points with intervals; "" without data.
@@ -135,7 +136,7 @@ def frontier_chart(
     Args:
         curves: by name, the static one first: points as `dataclasses.asdict` of a `looplm.training.frontier.Frontier`
             has them: `setting`, `loops`, the measure and its interval under `<measure>_interval`.
-        measure, unit: which number of a point is drawn, and what it counts.
+        measure, unit: which number of a point is drawn, and what it counts; axis: what `loops` are.
         marked: one point to ring, with a `label`: the calibrated one, say.
     """
     points = [point for line in curves.values() for point in line]
@@ -146,7 +147,7 @@ def frontier_chart(
     pad = max((max(ends) - min(ends)) * 0.05, 1e-3)
     x = _Scale(1, max(2, *(point["loops"] for point in points)), *_X)
     y = _Scale(min(ends) - pad, max(ends) + pad, *_Y)
-    marks = [_rule_colours(len(curves)), *_axes(x, y, title="mean loops")]
+    marks = [_rule_colours(len(curves)), *_axes(x, y, title=axis)]
     marks.append(f'<text x="{_X[0]:g}" y="2">{unit}</text>')
     for number, (name, line) in enumerate(curves.items()):
         marks.append(f'<g class="rule{_colour(number)}">')
@@ -163,7 +164,7 @@ def frontier_chart(
         for name, line in curves.items()
     )
     size = (440, int(_Y[0]) + 56 + 18 * rows)
-    return _svg(f"{_TITLES.get(measure, unit)}, against mean loops", text, size, marks)
+    return _svg(f"{_TITLES.get(measure, unit)}, against {axis}", text, size, marks)
 
 
 _TITLES = {"above_full": "Loss in nats a token above full depth"}

@@ -194,12 +194,17 @@ def thresholds_at(levels: Tensor, depths: Sequence[float]) -> list[float]:
             go on; not falling along a row, -inf where nothing stops it.
 
     Returns:
-        Ascending finite thresholds, without repetition.
+        Ascending finite thresholds, without repetition, each half-way between two neighbouring levels where it can be: rounding of
+        another pass then moves no position over it.
     """
     # a position goes on after every loop whose level is below, so the mean depth is 1 + (number of those) / N
-    ordered = levels.flatten().sort().values
+    ordered = levels.flatten().double().sort().values
     below = [min(max(round((depth - 1) * len(levels)), 0), len(ordered) - 1) for depth in depths]
-    return sorted({float(ordered[count]) for count in below if ordered[count].isfinite()})
+    highs = ordered[below].unique()
+    highs = highs[highs.isfinite()]
+    before = torch.searchsorted(ordered, highs) - 1  # the last level that is smaller, where there is one
+    lows = torch.where(before >= 0, ordered[before.clamp(min=0)], highs)
+    return torch.where(lows.isfinite(), (lows + highs) / 2, highs).tolist()
 
 
 @torch.no_grad()

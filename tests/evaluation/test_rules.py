@@ -33,7 +33,7 @@ def test_levels_tell_where_the_rule_stops(model, name) -> None:
     falling = name in ("difference", "entropy", "kl")
     for setting, depth in zip(settings, found, strict=True):
         goes_on = plain.levels[name] < (-setting if falling else setting)
-        assert depth == pytest.approx(float(1 + goes_on.double().sum(1).mean()), abs=0.04)  # fp32 levels, fp64 states
+        assert depth == pytest.approx(float(1 + goes_on.double().sum(1).mean()), abs=0.02)  # one of 60 on the edge
     assert found == sorted(found) and found[-1] - found[0] > 1
 
 
