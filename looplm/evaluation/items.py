@@ -170,8 +170,9 @@ def _answers(answer: Any, where: str, field: str) -> tuple[str, ...]:
 def _one_kind(items: list[Item | Question], name: str) -> list[Item] | list[Question]:
     choices = [item for item in items if isinstance(item, Item)]
     questions = [item for item in items if isinstance(item, Question)]
+    if not items:
+        raise ValueError(f"{name} has no items; it needs one JSON object a line")
     if choices and questions:
-        raise ValueError(
-            f"{name} mixes multiple choice ({len(choices)}) with free answers ({len(questions)}): split it"
-        )
+        counts = f"{len(choices)} of multiple choice, {len(questions)} of free answers"
+        raise ValueError(f"{name} mixes two kinds of items ({counts}): split it")
     return choices or questions

@@ -18,7 +18,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +276,15 @@ def gym_choices(pairs: Sequence[tuple[str, str]]) -> list[Item]:
     return items
 
 
+@cache
+def _manager() -> TaskManager:
+    """lm-eval's index of its tasks, which takes seconds to read."""
+    return TaskManager()
+
+
 def _of_lm_eval(name: str, allow_code: bool) -> dict[str, Task]:
     """A task or group that ships with lm-eval; its data come from the hub's cache."""
-    manager = TaskManager()
+    manager = _manager()
     if name not in manager.all_tasks:
         near = manager.match_tasks([f"*{name}*"])[:5]
         hint = f"near it: {', '.join(near)}" if near else "see `lm-eval ls tasks`"
