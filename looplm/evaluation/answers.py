@@ -224,7 +224,7 @@ def read_answers(
         chosen = [questions[place] for place in places]
         ids, last = padded([question.prompt for question in chosen])
         every = torch.arange(len(places))
-        with _layers_kept(model, every, last) as seen:
+        with _layers_kept(model, every, last) as seen, beyond_training():
             run = run_loops(model, ids, loops, "a question")
         margins[places] = margins_of(run.reads, model.lm_head.weight, last, chosen).float().cpu()
         kept[places] = torch.stack(seen, dim=1).unflatten(1, (loops, layers))
@@ -246,9 +246,15 @@ def _layers_kept(model: OuroForCausalLM, rows: Tensor, last: Tensor) -> Iterator
 
     handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
     try:
-        with warnings.catch_warnings():  # the tables mark loops beyond the trained depth
-            warnings.filterwarnings("ignore", message="running .* loops, but the model was trained with")
-            yield seen
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def beyond_training() -> Iterator[None]:
+    """Let loops beyond the trained depth run without a warning: the tables mark them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="running .* loops, but the model was trained with")
+        yield

@@ -48,12 +48,13 @@ def _probes(found: Faithfulness) -> Table:
             end = _at(found, answer, loop, found.layers)
             if end is not None:
                 cells = [_cell(area) for area in (end.all, end.given_previous, end.flipped)]
-                before = ("–", "–") if base is None else (_cell(base.all), f"{base.flips.hits}")
-                rows.append((f"loop {_name(found, answer)} from the end of {loop}", *cells, *before))
+                before = ("–", "–") if base is None else (str(base.all), f"{base.flips.hits}")
+                rows.append((f"loop {_name(found, answer)}", f"loop {_name(found, loop)}", *cells, *before))
     notes = [
-        "All: any two questions. Same answer before: pairs of questions that loop i - 1 answers alike, so that its "
-        "answer ranks nothing (.5). Flipped: questions whose answer changes at loop i, where that answer is always "
-        "wrong (0). 95 % intervals over questions.",
+        "All: any two questions, which the answer before (that of loop i - 1) ranks as its column says. Same answer "
+        "before: pairs of questions that loop i - 1 answers alike, so that its answer ranks nothing (.5). Flipped: "
+        "questions whose answer changes at loop i, where the answer before is always wrong (0). 95 % intervals over "
+        "questions.",
         _controls(found),
     ]
     for loop in found.skipped:
@@ -61,8 +62,10 @@ def _probes(found: Faithfulness) -> Table:
         notes.append(
             f"Loop {loop} answers nearly alike: {least} of {found.items} otherwise; a probe needs {FEWEST_OF_A_KIND}."
         )
-    header = ("answer of", "all", "same answer before", "flipped", "answer before: all", "flips")
-    return Table("Probes: area under the ROC curve", header, tuple(rows), tuple(notes))
+    header = ("answer", "state", "all", "same answer before", "flipped", "answer before", "flips")
+    return Table(
+        "Probes on the state at the end of a loop: area under the ROC curve", header, tuple(rows), tuple(notes)
+    )
 
 
 def _controls(found: Faithfulness) -> str:

@@ -11,7 +11,6 @@ because a foreign state disturbs the run. What the answer in the state does is t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from looplm.evaluation.answers import Answers, TwoChoice, batches, margins_of, padded
+from looplm.evaluation.answers import Answers, TwoChoice, batches, beyond_training, margins_of, padded
 from looplm.evaluation.intervals import Share, share
 from looplm.evaluation.probes import Labels
 from looplm.model.hooks import loop_hook
@@ -120,8 +119,7 @@ def patched_answers(
             state[every, last] = donors[places].to(state)
             return state
 
-        with loop_hook(model, replace, loop), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="running .* loops, but the model was trained with")
+        with loop_hook(model, replace, loop), beyond_training():
             read = model.model(ids.to(model.device), num_loop_steps=loops).last_hidden_state
         margins = margins_of([read], model.lm_head.weight, last, chosen)
         new |= zip(places, (margins[:, 0] > 0).tolist(), strict=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from looplm.evaluation.answers import batches, padded
+from looplm.evaluation.answers import batches, beyond_training, padded
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import run_loops
 
@@ -50,7 +50,8 @@ def prompt_states(
     states, done = torch.empty(len(prompts), loops, model.config.hidden_size), 0
     for places in batches([len(prompt) for prompt in prompts]):
         ids, last = padded([prompts[place] for place in places])
-        run = run_loops(model, ids, loops, "a prompt")
+        with beyond_training():
+            run = run_loops(model, ids, loops, "a prompt")
         kept = [state[torch.arange(len(places)), last].float().cpu() for state in run.states]
         states[places] = torch.stack(kept, dim=1)
         done += len(places)

@@ -12,7 +12,6 @@ the model was asked and what it said: keep that folder to yourself. The result f
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from looplm.evaluation.answers import beyond_training
 from looplm.evaluation.intervals import Share, share
 from looplm.evaluation.judges import Judge, JudgeUnavailable, Verdict
 from looplm.evaluation.planes import Plane, planes, prompt_states
@@ -211,8 +211,7 @@ def _generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with warnings.catch_warnings():  # the table marks loops beyond the trained depth
-        warnings.filterwarnings("ignore", message="running .* loops, but the model was trained with")
+    with beyond_training():
         new = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
