@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_WAIT_POLICY": "passive",
+    "TQDM_DISABLE": "1",
 }
 """Defaults set before any library loads: no chatter of others in our output, and threads that sleep while they wait.
 
