@@ -47,13 +47,14 @@ def safety(
 
     depths = parse_loops(loops or f"1..{load_config(model).total_ut_steps}")
     by = judge_of(judge, judge_model)
-    asked = [_drawn(kind, limit, seed) for kind in _both_kinds(prompts, benign)]
+    asked, others = (_drawn(kind, limit, seed) for kind in _both_kinds(prompts, benign))
     key, (looped, tokenizer) = fingerprint_model(model), load_model(model)
     with steps() as report:
         found = safety.study(
             looped,
             tokenizer,
-            *asked,
+            asked,
+            others,
             by,
             depths,
             Path(output),
@@ -65,7 +66,7 @@ def safety(
     settings = {"sets": [Path(name).name for name in (*prompts, *benign)], "depths": depths, "judge": by.name}
     template = tokenizer.chat_template if chat_template else None
     recipe = replace(
-        _recipe(model, looped, "safety", [prompt.text for kind in asked for prompt in kind], settings, seed),
+        _recipe(model, looped, "safety", [prompt.text for prompt in (*asked, *others)], settings, seed),
         loops=max(depths),
         chat_template=digest(template) if template else None,
         generation={"max_new_tokens": max_new_tokens, "temperature": 0},

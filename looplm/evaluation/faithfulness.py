@@ -179,7 +179,7 @@ def baselines(given: Labels) -> list[Baseline]:
     found = []
     for loop in range(2, given.shape[1] + 1):
         before, now = given[:, loop - 2], given[:, loop - 1]
-        found.append(Baseline(loop, auc(before, now), share(int((before != now).sum()), len(given))))
+        found.append(Baseline(loop, auc(before.astype(np.float64), now), share(int((before != now).sum()), len(given))))
     return found
 
 

@@ -156,8 +156,7 @@ def planted(features: Numbers, seed: int) -> tuple[Numbers, Labels]:
     draw = np.random.default_rng(seed)
     bit = draw.permutation(np.arange(len(features)) % 2 == 0)
     direction = draw.normal(size=features.shape[1])
-    direction /= np.linalg.norm(direction)
-    size = np.sqrt(np.asarray(features, dtype=np.float64).var(0).sum())
+    size = np.sqrt(np.asarray(features, dtype=np.float64).var(0).sum()) / np.linalg.norm(direction)
     return features + np.outer(bit, size * direction), bit
 
 
