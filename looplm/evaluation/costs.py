@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -49,7 +50,7 @@ class TokenCosts:
 
 @torch.no_grad()
 def measure_costs(model: OuroForCausalLM, prompt: list[int]) -> TokenCosts:
-    """Measure behind a prompt.
+    """Measure behind a prompt, or as much of it as leaves room in the context.
 
     Raises:
         ValueError: a model of one loop.
@@ -57,7 +58,8 @@ def measure_costs(model: OuroForCausalLM, prompt: list[int]) -> TokenCosts:
     loops = model.config.total_ut_steps
     if loops < 2:
         raise ValueError(f"the model has {loops} loop: there is nothing to save")
-    ids = torch.tensor([prompt], device=model.device)
+    room = max(model.config.max_position_embeddings - NEW_TOKENS - 1, 1)
+    ids = torch.tensor([prompt[:room]], device=model.device)
     state = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
     long, short = NEW_TOKENS + 1, 1
 
@@ -69,7 +71,7 @@ def measure_costs(model: OuroForCausalLM, prompt: list[int]) -> TokenCosts:
         )  # fmt: skip
 
     def turn() -> tuple[float, float, float]:
-        one, most = (_timed(lambda d=d: generate(d, long)) - _timed(lambda d=d: generate(d, short)) for d in (1, loops))
+        one, most = (_timed(partial(generate, d, long)) - _timed(partial(generate, d, short)) for d in (1, loops))
         return one / NEW_TOKENS, most / NEW_TOKENS, _timed(lambda: [model.lm_head(state) for _ in range(20)]) / 20
 
     turns = [turn() for _ in range(TURNS)][1:]

@@ -15,7 +15,7 @@ Intervals are over windows of text (bootstrap) or items (Wilson). Text is compar
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def _joined(first: Scores, second: Scores) -> Scores:
     """The same requests at the depths of both."""
     fields = ("log_probabilities", "greedy", "read_depths", "loops_run")
     requests = tuple(
-        type(a)(*(torch.cat((getattr(a, name), getattr(b, name))) for name in fields), a.positions)
+        replace(a, **{name: torch.cat((getattr(a, name), getattr(b, name))) for name in fields})  # type: ignore[arg-type]
         for a, b in zip(first.requests, second.requests, strict=True)
     )
     return Scores((*first.depths, *second.depths), requests)

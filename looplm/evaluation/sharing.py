@@ -81,13 +81,15 @@ class Sharing:
         header = ["policy", "nats a token", "above full", "equal tokens", "equal from the start", "KV bytes", "smaller"]
         header += ["exact match"] if self.questions else []
         rows = [tuple(_cells(row, self.new_tokens, bool(self.questions))) for row in self.rows]
-        notes = (
+        notes = [
             f"{self.texts} texts from {name}: {self.prompt_tokens} tokens of prompt at full depth, {self.new_tokens} "
             "new ones of which the first counts for nothing; 95 % intervals over texts.",
-        )
+        ]
         if self.questions:
-            notes += (f"Exact match over {self.questions} questions.",)
-        return Table("sharing keys and values between loops (as Ouro Table 14)", tuple(header), tuple(rows), notes)
+            notes.append(f"Exact match over {self.questions} questions.")
+        return Table(
+            "sharing keys and values between loops (as Ouro Table 14)", tuple(header), tuple(rows), tuple(notes)
+        )
 
 
 def _cells(row: PolicyRow, new_tokens: int, questions: bool) -> list[str]:

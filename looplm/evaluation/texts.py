@@ -8,10 +8,11 @@ Windows of one document are alike, which makes intervals over them too narrow. H
 first from the second, so that at most the document at the cut is in both.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from looplm.data.shards import open_corpus, read_index
@@ -19,6 +20,8 @@ from looplm.data.texts import read_text
 from looplm.evaluation.scoring import Request
 from looplm.model.measuring import encode_text
 from looplm.model.modeling import OuroForCausalLM
+
+Tokens = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def load_windows(
         raise ValueError(f"limit is {limit}; intervals need 2 windows or more")
     folder = Path(data) if data is not None and Path(data).is_dir() else None
     if folder is None:
-        streams = {"text": encode_text(model, tokenizer, read_text(data)).tolist()}
+        streams: dict[str, Tokens] = {"text": encode_text(model, tokenizer, read_text(data)).numpy()}
     else:
         streams = _prepared(folder, model.config.vocab_size)
     share = max(limit // len(streams), 1)
@@ -84,12 +87,12 @@ def load_windows(
     return TextWindows("the shipped text" if data is None else Path(data).resolve().name, length, sources)
 
 
-def _prepared(folder: Path, vocabulary: int) -> dict[str, Sequence[int]]:
+def _prepared(folder: Path, vocabulary: int) -> dict[str, Tokens]:
     """The validation tokens of a prepared source, or of every source in a folder of them."""
     places = [folder] if read_index(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and read_index(p))
     if not places:
         raise ValueError(f"{folder} holds no prepared data; give a text file, or what `looplm data prepare` wrote")
-    streams = {}
+    streams: dict[str, Tokens] = {}
     for place in places:
         tokens = open_corpus(place.parent, place.name).validation.tokens
         if len(tokens) and int(tokens.max()) >= vocabulary:
@@ -98,10 +101,10 @@ def _prepared(folder: Path, vocabulary: int) -> dict[str, Sequence[int]]:
     return streams
 
 
-def _cut(name: str, ids: Sequence[int], length: int, most: int) -> list[Request]:
+def _cut(name: str, ids: Tokens, length: int, most: int) -> list[Request]:
     whole = (len(ids) - 1) // length
     if whole < 1:
         raise ValueError(f"{name} has {len(ids)} tokens, fewer than one window of {length + 1}: shorten the window")
     count = min(whole, most)
     starts = [k * whole // count * length for k in range(count)]
-    return [([int(ids[start])], [int(i) for i in ids[start + 1 : start + length + 1]]) for start in starts]
+    return [([int(ids[start])], ids[start + 1 : start + length + 1].tolist()) for start in starts]

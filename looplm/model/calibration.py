@@ -49,7 +49,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, weight in model.named_parameters():
         total.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     _SEEN[model] = (versions, total.hexdigest())
     return total.hexdigest()
 
@@ -74,11 +74,11 @@ def read_calibration(folder: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no calibration that can be read; run `looplm calibrate {folder}` again") from None
 
 
-def starting_threshold(model: nn.Module, budget: float | Tensor) -> float | Tensor:
+def starting_threshold(model: Any, budget: float | Tensor) -> float | Tensor:
     """The Q-exit threshold that a budget begins with: of the folder's calibration, or `UNCALIBRATED`.
 
     Args:
-        model: whose `name_or_path` is the folder that it was loaded from.
+        model: a module whose `name_or_path` is the folder that it was loaded from.
         budget: mean loops, or (B,) with one a row.
 
     Raises:

@@ -91,7 +91,9 @@ def test_kv_sharing_and_perplexity_and_their_page(study, model, text, tmp_path) 
     assert "Sharing keys and values" in page and "Loss by loop" in page
 
 
-def test_calibrate_writes_where_budgets_look(study, text, tmp_path) -> None:
+def test_calibrate_writes_where_budgets_look(study, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("looplm.evaluation.costs.TURNS", 2)
+    monkeypatch.setattr("looplm.evaluation.calibration.FREE_TOKENS", 8)
     folder = save(tmp_path / "model")
     code, out, err = study(
         "calibrate", folder, "--target", "mean-loops=2.2", "--data", text, "--window", 16, "--limit", 60,
@@ -122,7 +124,7 @@ def test_calibrate_writes_where_budgets_look(study, text, tmp_path) -> None:
         (("study", "perplexity", "MODEL", "--text", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("calibrate", "MODEL", "--target", "mean-loops=9"), "give mean-loops=D with D between 1 and 3"),
         (("calibrate", "OWNER/NAME", "--target", "mean-loops=2"), "is no folder here; calibration is kept beside"),
-        (("calibrate", "MODEL", "--target", "mean-loops=2", "--window", 64), "window"),
+        (("calibrate", "MODEL", "--target", "mean-loops=2", "--window", 65), "window is 65; it must lie in 2..64"),
         (("eval", "report", "nowhere"), "nowhere is no folder"),
     ],
 )

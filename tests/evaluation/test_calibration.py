@@ -96,6 +96,15 @@ def model():
     return tiny_model(total_ut_steps=4).float()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Fewer turns and shorter texts of its own: what is measured stays the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looplm.evaluation.costs.TURNS", 3)
+        patch.setattr("looplm.evaluation.calibration.FREE_TOKENS", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def by_depth(model):
     return calibrate_rules(
