@@ -1,9 +1,12 @@
 """`looplm eval ...`: tasks at any depth with their recipe, and what two results differ in."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+if TYPE_CHECKING:
+    from looplm.evaluation.depths import Depth
 
 
 def run_eval(
@@ -38,23 +41,18 @@ def run_eval(
     from rich.console import Console
 
     from looplm.commands import command_line
-    from looplm.evaluation.depths import Depth, parse_loops
     from looplm.model.loading import load_config
 
-    for flag, value in (("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    _check_counts(limit, batch_size)
     names, trained = split_names(tasks), load_config(model).total_ut_steps
-    fixed = parse_loops(loops) if loops is not None else [] if exit else [trained]
-    depths = [Depth(loop) for loop in fixed]
-    depths += [Depth.of_rule(rule, trained, exit_mode, prefill) for rule in split_names(exit)]
+    depths = _depths(loops, split_names(exit), exit_mode, prefill, trained)
     need_harness()
     from looplm.evaluation.running import Settings, run_tasks
     from looplm.evaluation.showing import paper_table, results_table
 
     settings = Settings(
         names,
-        tuple(depths),
+        depths,
         kv_policy=kv_policy,
         limit=limit,
         num_fewshot=num_fewshot,
@@ -72,6 +70,26 @@ def run_eval(
     if beside_paper:
         console.print(paper_table(results).rich())
     console.print(f"results {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_counts(limit: int | None, batch_size: int | None) -> None:
+    for flag, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+
+
+def _depths(
+    loops: str | None,
+    rules: Sequence[str],
+    mode: Literal["select", "freeze"],
+    prefill: Literal["full", "adaptive"],
+    trained: int,
+) -> "tuple[Depth, ...]":
+    """The fixed depths, then the rules; the trained depth where neither is given."""
+    from looplm.evaluation.depths import Depth, parse_loops
+
+    fixed = parse_loops(loops) if loops is not None else [] if rules else [trained]
+    return (*(Depth(loop) for loop in fixed), *(Depth.of_rule(rule, trained, mode, prefill) for rule in rules))
 
 
 def compare(

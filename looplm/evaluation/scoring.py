@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from looplm.evaluation.batches import Batch, Request, plan_batches
 from looplm.evaluation.depths import Depth
 from looplm.evaluation.items import Item
 from looplm.exit_tracker import ExitTracker
@@ -27,9 +28,6 @@ from looplm.model.exiting import select
 from looplm.model.freezing import freeze
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import READ_BYTES
-
-Request = tuple[list[int], list[int]]
-"""Context tokens and target tokens, each at least one."""
 
 
 @dataclass(frozen=True)
@@ -137,83 +135,10 @@ def score_batches(
     try:
         for groups in plan_batches(requests, batch_size):
             if not all(place in done for group in groups for place in group):
-                batch = _Batch.build(requests, groups, model.device)
-                yield batch.split(_score_batch(model, batch, depths))
+                batch = Batch.build(requests, groups, model.device)
+                yield _split(batch, _score_batch(model, batch, depths))
     finally:
         model.train(training)
-
-
-def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[list[int]]]:
-    """Batches of at most `batch_size` inputs, long ones first; each input is the places of the requests that share it.
-
-    Requests share an input where context + target without its last token are equal, and so many targets are read: the
-    one-token choices of a question cost one row.
-    """
-    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for place, (context, target) in enumerate(requests):
-        groups.setdefault((tuple(context + target[:-1]), len(target)), []).append(place)
-    ordered = sorted(groups.values(), key=lambda group: _sort_key(requests[group[0]]))
-    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
-
-
-def _sort_key(request: Request) -> tuple[int, tuple[int, ...]]:
-    tokens = tuple(request[0] + request[1])
-    return -len(tokens), tokens
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Inputs padded on the right, and which of their positions are read.
-
-    Attributes:
-        ids: (B, S).
-        lengths: (B,), without padding.
-        prompt: (B,), context tokens.
-        index: (R,) places in the flattened (B, S) that are read; targets: (R,) what is scored there.
-        slots: by place of the request, its row and the slice of R that belongs to it.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    prompt: Tensor
-    index: Tensor
-    targets: Tensor
-    slots: dict[int, tuple[int, slice]]
-
-    @classmethod
-    def build(cls, requests: Sequence[Request], groups: Sequence[Sequence[int]], device: torch.device) -> _Batch:
-        inputs = [(requests[group[0]][0] + requests[group[0]][1])[:-1] for group in groups]
-        width = max(map(len, inputs))
-        index: list[int] = []
-        targets: list[int] = []
-        slots, prompt = {}, []
-        for row, group in enumerate(groups):
-            for place in group:
-                target = requests[place][1]
-                end = row * width + len(inputs[row])
-                slots[place] = (row, slice(len(index), len(index) + len(target)))
-                index += range(end - len(target), end)
-                targets += target
-            prompt.append(len(inputs[row]) - len(requests[group[0]][1]) + 1)
-        ids = [row + [0] * (width - len(row)) for row in inputs]
-        lengths = [len(row) for row in inputs]
-        tensors = (torch.tensor(values, device=device) for values in (ids, lengths, prompt, index, targets))
-        return cls(*tensors, slots)
-
-    @property
-    def places(self) -> Tensor:
-        """0..S-1 as (1, S), to compare with lengths."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device)[None]
-
-    def split(self, readings: Sequence[_Read]) -> dict[int, Scored]:
-        """What each request gets of what was read at all depths."""
-        parts = [torch.stack([getattr(reading, name) for reading in readings]).cpu() for name in _Read.__annotations__]
-        log_p, greedy, depths, run = parts
-        lengths = self.lengths.tolist()
-        return {
-            place: Scored(log_p[:, span], greedy[:, span], depths[:, span], run[:, row], lengths[row])
-            for place, (row, span) in self.slots.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -226,7 +151,18 @@ class _Read:
     loops_run: Tensor
 
 
-def _score_batch(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth]) -> list[_Read]:
+def _split(batch: Batch, readings: Sequence[_Read]) -> dict[int, Scored]:
+    """What each request gets of what was read at all depths."""
+    parts = [torch.stack([getattr(reading, name) for reading in readings]).cpu() for name in _Read.__annotations__]
+    log_p, greedy, depths, run = parts
+    lengths = batch.lengths.tolist()
+    return {
+        place: Scored(log_p[:, span], greedy[:, span], depths[:, span], run[:, row], lengths[row])
+        for place, (row, span) in batch.slots.items()
+    }
+
+
+def _score_batch(model: OuroForCausalLM, batch: Batch, depths: Sequence[Depth]) -> list[_Read]:
     """Every depth: those of one pass together, the freezing ones each by itself."""
     shared = [depth for depth in depths if not _freezes(depth)]
     together = iter(_shared_pass(model, batch, shared) if shared else ())
@@ -237,7 +173,7 @@ def _freezes(depth: Depth) -> bool:
     return depth.rule is not None and depth.mode == "freeze"
 
 
-def _shared_pass(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth]) -> list[_Read]:
+def _shared_pass(model: OuroForCausalLM, batch: Batch, depths: Sequence[Depth]) -> list[_Read]:
     """One run of as many loops as the deepest of the depths; each loop's read positions are kept, no others."""
     core, coda = model.model, model.config.num_coda_layers > 0
     last, rules = max(depth.loops for depth in depths), [depth for depth in depths if depth.rule is not None]
@@ -268,7 +204,7 @@ class _Kept:
     gates: list[Tensor] = field(default_factory=list)
 
 
-def _selected(model: OuroForCausalLM, batch: _Batch, depth: Depth, kept: _Kept, context: PassContext) -> _Read:
+def _selected(model: OuroForCausalLM, batch: Batch, depth: Depth, kept: _Kept, context: PassContext) -> _Read:
     """A rule that selects before a coda, which runs once and sees every position at its own exit, as in `forward`."""
     assert depth.rule is not None
     gates = torch.stack(kept.gates[: depth.loops], dim=-1)
@@ -277,7 +213,7 @@ def _selected(model: OuroForCausalLM, batch: _Batch, depth: Depth, kept: _Kept, 
     return _Read(*_read_targets(model, batch, read), exits.flatten()[batch.index], batch.lengths * depth.loops)
 
 
-def _read_targets(model: OuroForCausalLM, batch: _Batch, read: Tensor) -> tuple[Tensor, Tensor]:
+def _read_targets(model: OuroForCausalLM, batch: Batch, read: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and matches (R,) of the targets, of what the head reads (R, D)."""
     log_p, match = [], []
     for part in _parts(model, batch):
@@ -287,7 +223,7 @@ def _read_targets(model: OuroForCausalLM, batch: _Batch, read: Tensor) -> tuple[
     return torch.cat(log_p), torch.cat(match)
 
 
-def _read_all(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth], kept: _Kept) -> list[_Read]:
+def _read_all(model: OuroForCausalLM, batch: Batch, depths: Sequence[Depth], kept: _Kept) -> list[_Read]:
     """Every depth of a shared pass, a chunk of read positions after the other."""
     found = [_read_rows(model, batch, depths, kept, part) for part in _parts(model, batch)]
     return [
@@ -296,14 +232,14 @@ def _read_all(model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth], ke
     ]
 
 
-def _parts(model: OuroForCausalLM, batch: _Batch) -> Iterator[slice]:
+def _parts(model: OuroForCausalLM, batch: Batch) -> Iterator[slice]:
     """Slices of the read positions whose log-probabilities fit into `READ_BYTES`."""
     size = max(READ_BYTES // (4 * model.config.vocab_size), 1)
     return (slice(first, first + size) for first in range(0, len(batch.index), size))
 
 
 def _read_rows(
-    model: OuroForCausalLM, batch: _Batch, depths: Sequence[Depth], kept: _Kept, part: slice
+    model: OuroForCausalLM, batch: Batch, depths: Sequence[Depth], kept: _Kept, part: slice
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Log-probability, match and depth of some read positions at every depth; one vocabulary product a loop."""
     wanted, positions = batch.targets[part], batch.index[part] % batch.ids.shape[1]
@@ -352,7 +288,7 @@ class _Behind:
         return (self.rule(view) & ~self.prompt[view.index]) | self.padding[view.index]
 
 
-def _frozen(model: OuroForCausalLM, batch: _Batch, depth: Depth) -> _Read:
+def _frozen(model: OuroForCausalLM, batch: Batch, depth: Depth) -> _Read:
     """A pass in which positions stop for good."""
     if model.config.exit_gate_pooling != "token" and not isinstance(depth.rule, FixedDepth):
         raise ValueError("exit_gate_pooling is 'causal_mean': a rule that freezes needs 'token'; use mode 'select'")

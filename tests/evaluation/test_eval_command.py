@@ -162,7 +162,7 @@ def test_other_policies_and_selecting_rules(looplm_eval, tmp_path):
         (["small/model", "--tasks", "choice.jsonl", "--limit", "0"], "--limit is 0"),
         (
             ["small/model", "--tasks", "choice.jsonl", "--num-fewshot", "24"],
-            "has 24 examples, too few for num_fewshot 24",
+            "24 examples, too few for num_fewshot 24",
         ),
         (["small/model", "--tasks", "free.jsonl", "--exit", "q=0.5"], "this task generates text"),
         (["small/model", "--tasks", "humaneval"], "allow it with --allow-code-execution"),

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from tiny import VARIANTS, tiny_model
 
 from looplm.evaluation import scoring
+from looplm.evaluation.batches import plan_batches
 from looplm.evaluation.depths import Depth
 from looplm.evaluation.forcing import score_forced
 from looplm.evaluation.items import Item
-from looplm.evaluation.scoring import Scores, choice_requests, chosen, plan_batches, score, score_batches
+from looplm.evaluation.scoring import Scores, choice_requests, chosen, score, score_batches
 from looplm.exits import Confidence, FixedDepth, QExit, SampledExit, StateDifference
 
 FIXED = [Depth(loop) for loop in (1, 2, 3, 5)]
