@@ -78,6 +78,9 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["lab", "list", "--help"], ["TASK", "--scale", "{laptop,paper}"]),
         (["lab", "run", "--help"], ["TASK", "--layers", "--loops", "--seeds", "--scale", "--matched"]),
         (["lab", "claims", "--help"], ["--only", "--quick", "--workers"]),
+        (["study", "exit-frontier", "--help"], ["MODEL", "--untrained-gate", "--items", "--rules"]),
+        (["calibrate", "--help"], ["MODEL", "--target", "loss-increase=0.5%", "--delta"]),
+        (["eval", "report", "--help"], ["DIR"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

@@ -4,8 +4,9 @@ A window is S + 1 tokens of the stream: the first is only context, each of the o
 token, so every token but the first of a source is a target once; what does not fill a window is left out, so that all
 windows weigh the same. Begin tokens between prepared documents are targets too: the end of a document, as in training.
 
-Windows of one document are alike, which makes intervals over them too narrow. Halves are cut within each source, the
-first from the second, so that at most the document at the cut is in both.
+Conversations are left out: much of theirs is not to be learnt. Windows of one document are alike, which makes intervals
+over them too narrow. Halves are cut within each source, the first from the second, so that at most the document at the
+cut is in both.
 """
 
 from dataclasses import dataclass
@@ -88,16 +89,21 @@ def load_windows(
 
 
 def _prepared(folder: Path, vocabulary: int) -> dict[str, Tokens]:
-    """The validation tokens of a prepared source, or of every source in a folder of them."""
+    """The validation tokens of a prepared source, or of every source of running text in a folder of them."""
     places = [folder] if read_index(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and read_index(p))
     if not places:
         raise ValueError(f"{folder} holds no prepared data; give a text file, or what `looplm data prepare` wrote")
     streams: dict[str, Tokens] = {}
     for place in places:
-        tokens = open_corpus(place.parent, place.name).validation.tokens
+        corpus = open_corpus(place.parent, place.name).validation
+        tokens = corpus.tokens
+        if corpus.learnt is not None:  # conversations
+            continue
         if len(tokens) and int(tokens.max()) >= vocabulary:
             raise ValueError(f"{place} has token {int(tokens.max())}; the model's vocabulary ends at {vocabulary - 1}")
         streams[place.name] = tokens
+    if not streams:
+        raise ValueError(f"{folder} holds conversations only, of which much was never to be learnt; give running text")
     return streams
 
 

@@ -194,8 +194,8 @@ def thresholds_at(levels: Tensor, depths: Sequence[float]) -> list[float]:
             go on; not falling along a row, -inf where nothing stops it.
 
     Returns:
-        Ascending finite thresholds, without repetition, each half-way between two neighbouring levels where it can be: rounding of
-        another pass then moves no position over it.
+        Ascending finite thresholds, without repetition, each half-way between two neighbouring levels where it can be:
+        rounding of another pass then moves no position over it.
     """
     # a position goes on after every loop whose level is below, so the mean depth is 1 + (number of those) / N
     ordered = levels.flatten().double().sort().values

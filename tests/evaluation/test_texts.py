@@ -1,7 +1,9 @@
 """Windows of text and of prepared data: every token once, halves that do not overlap, clear refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_run import encoded
 from tiny import tiny_model
@@ -92,6 +94,19 @@ def test_prepared_data_is_read_source_by_source(tmp_path: Path) -> None:
     assert alone.requests == [([stream[s]], stream[s + 1 : s + 9]) for s in range(0, 48, 8)]
     first, second = found.halves()
     assert [len(part.requests) for part in (first, second)] == [2, 4]
+
+
+def test_conversations_are_left_out(tmp_path: Path) -> None:
+    prepare(tmp_path / "a", 30, 20)
+    with_chat = replace(encoded([30]), learnt=np.ones(30, dtype=np.bool_))
+    (tmp_path / "chat").mkdir()
+    with ShardWriter(tmp_path / "chat", Index("uint16", chat=True)) as writer:
+        for side in ("train", "validation"):
+            writer.append(side, with_chat)
+        writer.record(complete=True)
+    assert list(load_windows(MODEL, TOKENIZER, str(tmp_path), 8, 6).sources) == ["a"]
+    with pytest.raises(ValueError, match="holds conversations only"):
+        load_windows(MODEL, TOKENIZER, str(tmp_path / "chat"), 8, 6)
 
 
 def test_prepared_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
