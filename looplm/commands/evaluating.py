@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def run_eval(
-    model: Annotated[Positional[str], arg(help="a model folder or hub name")],
+    model: Annotated[Positional[str], arg(metavar="MODEL", help="a model folder or hub name")],
     tasks: Annotated[
         tuple[str, ...],
         arg(help="tasks of lm-eval, FILE.jsonl, BIG-bench task.json, reasoning-gym:FAMILY[:N], humaneval, paper:NAME"),

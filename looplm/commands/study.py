@@ -9,7 +9,7 @@ from looplm.commands.depth_studies import exit_frontier, kv_sharing, perplexity
 
 
 def depth_sweep(
-    model: Annotated[Positional[str], arg(help="a model folder or hub name")],
+    model: Annotated[Positional[str], arg(metavar="MODEL", help="a model folder or hub name")],
     tasks: Annotated[tuple[str, ...], arg(help="as in `looplm eval`; also separated by commas")],
     loops: Annotated[str, arg(help="1..8, or 1,2,4: beyond the trained depth too")] = "1..8",
     limit: Annotated[int | None, arg(help="items of each task at most")] = None,

@@ -132,7 +132,7 @@ class LoopedLM(HFLM):
     ) -> None:
         if not depths:
             raise ValueError("no depth is given; evaluation needs at least one")
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")  # type: ignore[arg-type]
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.depths, self.depth = tuple(depths), depths[-1]
         self.kv_policy, self.store, self.seed = kv_policy, store or AnswerStore(), seed
         self.session = _Session()
@@ -152,7 +152,7 @@ class LoopedLM(HFLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],  # type: ignore[override]
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:

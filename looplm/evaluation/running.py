@@ -181,6 +181,7 @@ def fitting_batch(config: OuroConfig, dtype: str, loops: int, free: int | None =
     """
     positions = min(config.max_position_embeddings, 2048)
     bytes_each = {"float64": 8, "float32": 4}.get(dtype, 2)
+    assert config.head_dim is not None and config.num_key_value_heads is not None  # the configuration has set them
     head_width = config.head_dim * config.num_key_value_heads
     layers = config.num_hidden_layers * loops + config.num_prelude_layers + config.num_coda_layers
     wide = 8 * config.hidden_size + 3 * config.intermediate_size

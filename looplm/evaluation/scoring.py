@@ -226,10 +226,11 @@ def _read_targets(model: OuroForCausalLM, batch: Batch, read: Tensor) -> tuple[T
 def _read_all(model: OuroForCausalLM, batch: Batch, depths: Sequence[Depth], kept: _Kept) -> list[_Read]:
     """Every depth of a shared pass, a chunk of read positions after the other."""
     found = [_read_rows(model, batch, depths, kept, part) for part in _parts(model, batch)]
-    return [
-        _Read(*(torch.cat([part[n][k] for part in found]) for k in range(3)), batch.lengths * depth.loops)
-        for n, depth in enumerate(depths)
-    ]
+    readings = []
+    for n, depth in enumerate(depths):
+        log_p, greedy, exits = (torch.cat([part[n][k] for part in found]) for k in range(3))
+        readings.append(_Read(log_p, greedy, exits, batch.lengths * depth.loops))
+    return readings
 
 
 def _parts(model: OuroForCausalLM, batch: Batch) -> Iterator[slice]:
