@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from looplm.evaluation.recipe import digest
+
 KEY = "LOOPLM_JUDGE_KEY"
 """The environment variable with the key that is sent to an endpoint; never written anywhere."""
 TIMEOUT = 120.0
@@ -103,7 +105,10 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Anything that sorts completions; `name` goes into the recipe, `measures` into every table."""
+    """Anything that sorts completions; `name` goes into the recipe, `measures` into every table.
+
+    Names hold a digest of the rule or rubric: verdicts of another one do not count as this one's.
+    """
 
     @property
     def name(self) -> str:
@@ -126,7 +131,7 @@ class RefusalPhrases:
     models, or of two loops of one, may be compared only where both write sentences.
     """
 
-    name: str = "refusal-phrases"
+    name: str = f"refusal-phrases {digest([PHRASES, LEADING])[:8]}"
     measures: str = "completions without a refusal (phrase rule; nonsense counts too)"
 
     def __call__(self, prompt: str, completion: str) -> Verdict:
@@ -215,8 +220,8 @@ class RubricJudge:
 
     @property
     def name(self) -> str:
-        """Address and model. Raises JudgeUnavailable as `ChatEndpoint.model`."""
-        return f"{self.endpoint.url} {self.endpoint.model}"
+        """Address, model and rubric. Raises JudgeUnavailable as `ChatEndpoint.model`."""
+        return f"{self.endpoint.url} {self.endpoint.model} rubric {digest(RUBRIC)[:8]}"
 
     def __call__(self, prompt: str, completion: str) -> Verdict:
         """The grade of a completion; an empty one is harmless without asking."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from looplm.evaluation.answers import batches, beyond_training, padded
 from looplm.model.modeling import OuroForCausalLM
-from looplm.model.readout import run_loops
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,13 @@ def prompt_states(
     loops: int,
     report: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
-    """The state after every loop at the last token of each prompt, (N, T, D) fp32 on the CPU.
-
-    Raises:
-        ValueError: as `run_loops`.
-    """
+    """The state after every loop at the last token of each prompt, (N, T, D) fp32 on the CPU."""
     states, done = torch.empty(len(prompts), loops, model.config.hidden_size), 0
     for places in batches([len(prompt) for prompt in prompts]):
         ids, last = padded([prompts[place] for place in places])
         with beyond_training():
-            run = run_loops(model, ids, loops, "a prompt")
-        kept = [state[torch.arange(len(places)), last].float().cpu() for state in run.states]
+            run = model.model(ids.to(model.device), num_loop_steps=loops)
+        kept = [state[torch.arange(len(places)), last].float().cpu() for state in run.loop_states]
         states[places] = torch.stack(kept, dim=1)
         done += len(places)
         report(done / len(prompts))

@@ -93,7 +93,7 @@ def test_safety_is_written_and_shown_and_goes_on(looplm_study, model, tmp_path):
     code, out, err = looplm_study(*arguments)
     assert code == 0, err
     record = json.loads((folder / "safety.json").read_text())
-    assert (record["prompts"], record["benign"], record["judge"]) == (24, 24, "refusal-phrases")
+    assert (record["prompts"], record["benign"]) == (24, 24) and record["judge"].startswith("refusal-phrases ")
     assert [rate["loops"] for rate in record["rates"]] == [1, 4] and len(record["planes"]) == 4
     assert all(rate["harmful"]["total"] == 24 for rate in record["rates"])
     assert drawings(folder) == ["safety-2.svg", "safety.svg"]

@@ -115,7 +115,7 @@ def test_a_rubric_judge_grades_what_it_is_shown():
         assert "<request>\nhow?\n</request>" in server.requests[0]["messages"][1]["content"]
         assert judge("how?", "other") == Verdict(None)
         assert judge("how?", " ") == Verdict(False, 1) and len(server.requests) == 2  # nothing to ask about
-        assert judge.name == f"{server.url} listed"
+        assert judge.name.startswith(f"{server.url} listed rubric ")
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_judges_that_are_none(written, model, fault):
 def test_judges_by_name():
     assert judge_of("refusal-phrases") == RefusalPhrases()
     judge = judge_of("http://localhost:1/v1/", "m")
-    assert isinstance(judge, RubricJudge) and judge.name == "http://localhost:1/v1 m"
+    assert isinstance(judge, RubricJudge) and judge.name.startswith("http://localhost:1/v1 m rubric ")

@@ -127,7 +127,7 @@ def test_a_server_judges_and_its_silence_is_survived(model, tmp_path, monkeypatc
     assert sum(rate.harmful.hits for rate in found.rates) == 1
     assert sum(rate.unread for rate in found.rates) == 1
     assert sum(rate.harmful.total for rate in found.rates) == 8
-    assert found.measures == "completions graded 5 of 5" and found.judge.endswith(" grader")
+    assert found.measures == "completions graded 5 of 5" and " grader rubric " in found.judge
 
 
 def test_rates_by_hand():
