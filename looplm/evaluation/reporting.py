@@ -35,6 +35,12 @@ TITLES = {
     "safety": "Harmful completions by loop",
 }
 
+STYLE = "td{white-space:nowrap}details table{margin-bottom:1rem}"
+"""What the page adds to that of a training run."""
+
+FOLDED = 16
+"""Tables of more rows are folded."""
+
 Result = Mapping[str, Any]
 
 
@@ -89,7 +95,12 @@ def render_page(results: Sequence[tuple[Path, Result]]) -> str:
     body = _tasks(tasks) + "".join(_section(path, result, calibrated) for path, result in studies)
     loops = f"{recipe.get('loops')} loops · " if recipe.get("loops") else ""
     subtitle = f"{loops}{recipe.get('dtype', '')} · fingerprint {str(recipe['fingerprint'])[:12]}"
-    return page(title=_text(f"What {recipe['model']} can do, at every depth"), subtitle=_text(subtitle), loops=body)
+    return page(
+        title=_text(f"What {recipe['model']} can do, at every depth"),
+        subtitle=_text(subtitle),
+        loops=body,
+        palette=STYLE,
+    )
 
 
 def _study(result: Result) -> str:
@@ -164,8 +175,11 @@ def _figure(svg: str) -> str:
 
 
 def _table(shown: Mapping[str, Any]) -> str:
-    notes = " ".join(shown.get("notes") or ())
-    return table(f"{shown['title']}. {notes}".strip(), list(shown["header"]), [list(row) for row in shown["rows"]])
+    notes, rows = " ".join(shown.get("notes") or ()), [list(row) for row in shown["rows"]]
+    whole = table(f"{shown['title']}. {notes}".strip(), list(shown["header"]), rows)
+    if len(rows) <= FOLDED:
+        return whole
+    return f"<details><summary>{_text(shown['title'])} ({len(rows)} rows)</summary>{whole}</details>"
 
 
 def _recipe(recipe: Mapping[str, Any], name: str = "") -> str:

@@ -20,6 +20,7 @@ _RULES = (
     ("#00795b", "#45c8a3"),
     ("#9c2f86", "#ea8bd3"),
     ("#8a6a00", "#d8b740"),
+    ("#b3261e", "#f2857d"),
 )
 """Colours of rules on light and on dark pages, the first for the static one; later rules begin again at the second."""
 
