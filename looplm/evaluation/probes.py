@@ -40,7 +40,7 @@ class Auc:
 
     Attributes:
         value, low, high: with a 95 % percentile interval over items; None where there are too few of either kind.
-        positives, negatives: items that are in a pair at all.
+        positives, negatives: items that are in a pair; where there is no pair, all of them.
     """
 
     value: float | None
@@ -67,7 +67,8 @@ def auc(scores: Numbers, labels: Labels, groups: Sequence[Groups] = (), *, draws
     agree, right = _pairs(scores, labels, groups)
     paired = (int(agree.any(1).sum()), int(agree.any(0).sum()))
     if min(paired) < FEWEST_OF_A_KIND:
-        return Auc(None, None, None, *paired)
+        kinds = paired if agree.any() else (int(labels.sum()), int((~labels).sum()))
+        return Auc(None, None, None, *kinds)
     value = float(right.sum(dtype=np.float64) / agree.sum())
     if not draws:
         return Auc(value, None, None, *paired)
