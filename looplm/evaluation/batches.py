@@ -73,7 +73,8 @@ class Batch:
         ids = [row + [0] * (width - len(row)) for row in inputs]
         lengths = [len(row) for row in inputs]
         as_tensor = partial(torch.tensor, device=device)
-        return cls(*map(as_tensor, (ids, lengths, prompt, index, targets)), slots=slots)
+        read = as_tensor(index), as_tensor(targets)
+        return cls(as_tensor(ids), as_tensor(lengths), as_tensor(prompt), *read, slots)
 
     @property
     def places(self) -> Tensor:

@@ -223,7 +223,8 @@ def _run_task(lm: LoopedLM, loaded: Loaded, settings: Settings, base: Recipe, ou
                 confirm_run_unsafe_code=settings.allow_code,
             )
             result = _result(found, lm, loaded, depth, base)
-            result.save(output)
+            if settings.judge is None or not (output / f"{result.name}.json").is_file():
+                result.save(output)  # else the file holds verdicts, and is written when the judge has been asked
             results.append(result)
     return results
 
@@ -304,11 +305,9 @@ def _judged(results: Sequence[Result], judge: ChatEndpoint, output: Path) -> lis
         if not any(item.outputs for item in result.items):
             done.append(result)
             continue
-        earlier = output / "verdicts" / f"{result.name}.json"
+        earlier = Result.load(output / f"{result.name}.json")
         with Progress(1.0, f"judging {result.name}") as bar:
-            known = Result.load(earlier) if earlier.is_file() else None
-            graded, failure = grade(result, known, judge, lambda share, bar=bar: bar.update(share, 0))  # type: ignore[misc]
-        graded.save(earlier.parent)
+            graded, failure = grade(result, earlier, judge, lambda share, bar=bar: bar.update(share, 0))  # type: ignore[misc]
         graded.save(output)
         if failure is not None:
             waiting = 0 if graded.judge is None else graded.judge["waiting"]

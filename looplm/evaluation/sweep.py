@@ -178,9 +178,10 @@ def gains_table(sweep: Sweep) -> Table:
     rows = [_gain_row(name, test) for name, test in gains.items()]
     first, deepest = sweep.ends
     header = ("category", "items", f"loop {first}", f"loop {deepest}", "gain [95 %, paired]", "relative", "McNemar p")
-    return Table(
-        f"{sweep.task}: gain from loop {first} to loop {deepest}, {sweep.metric} in percent", header, tuple(rows)
-    )
+    title = f"{sweep.task}: gain from loop {first} to loop {deepest}, {sweep.metric} in percent"
+    unmoved = any(test.low == test.high == 0 for test in gains.values())
+    notes = ("An interval of no width: no item changed, so that resampling them shows no spread.",) if unmoved else ()
+    return Table(title, header, tuple(rows), notes)
 
 
 def _gain_row(name: str, test: PairedTest) -> tuple[str, ...]:
