@@ -54,18 +54,23 @@ class AnswerStore:
 
     def get(self, name: str, depth: Depth, place: int) -> Answer | None:
         """The answer to request `place` of the list `name`, None where there is none."""
-        return self._answers.get((name, depth.name, place))
+        return self._answers.get((name, _written(depth), place))
 
     def put(self, name: str, depth: Depth, place: int, answer: Answer) -> None:
         """Keep an answer."""
-        self._answers[name, depth.name, place] = answer
+        self._answers[name, _written(depth), place] = answer
         if self._log is not None:
-            self._log.write({"list": name, "depth": depth.name, "place": place, "answer": answer})
+            self._log.write({"list": name, "depth": _written(depth), "place": place, "answer": answer})
 
     def close(self) -> None:
         """Close the file."""
         if self._log is not None:
             self._log.close()
+
+
+def _written(depth: Depth) -> str:
+    """A depth with the loops that its rule may use."""
+    return f"{depth.name}-of-{depth.loops}"
 
 
 @dataclass
