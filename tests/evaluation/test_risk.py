@@ -76,7 +76,9 @@ def test_the_bound_fails_no_more_often_than_it_says(kind: str) -> None:
 
 
 def test_the_bound_tightens_with_more_values_and_less_spread() -> None:
-    few, many, calm = (0.5 + spread * np.tile([1.0, -1.0], half) for spread, half in ((0.2, 15), (0.2, 300), (0.01, 300)))
+    few, many, calm = (
+        0.5 + spread * np.tile([1.0, -1.0], half) for spread, half in ((0.2, 15), (0.2, 300), (0.01, 300))
+    )
     bounds = [upper_bound(values, 0.1) for values in (few, many, calm)]
     assert bounds[0] > bounds[1] > bounds[2] > 0.5
 
