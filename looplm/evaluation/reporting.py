@@ -176,7 +176,8 @@ def _figure(svg: str) -> str:
 
 def _table(shown: Mapping[str, Any]) -> str:
     notes, rows = " ".join(shown.get("notes") or ()), [list(row) for row in shown["rows"]]
-    whole = table(f"{shown['title']}. {notes}".strip(), list(shown["header"]), rows)
+    whole = table(str(shown["title"]), list(shown["header"]), rows)
+    whole += f'<p class="soft"><small>{_text(notes)}</small></p>' if notes else ""
     if len(rows) <= FOLDED:
         return whole
     return f"<details><summary>{_text(shown['title'])} ({len(rows)} rows)</summary>{whole}</details>"
