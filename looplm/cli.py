@@ -12,11 +12,14 @@ from typing import Any
 import tyro
 
 from looplm.commands.benching import bench
+from looplm.commands.calibrating import calibrate
 from looplm.commands.converting import retrofit
 from looplm.commands.data import data
+from looplm.commands.evaluating import completed, evaluate
 from looplm.commands.generating import generate
 from looplm.commands.inspecting import trace
 from looplm.commands.lab import lab
+from looplm.commands.study import study
 from looplm.commands.training import demo, train
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
@@ -31,6 +34,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "convert": convert,
     "verify": verify,
+    "eval": evaluate,
+    "study": study,
+    "calibrate": calibrate,
     "lab": lab,
     "bench": bench,
 }
@@ -40,6 +46,7 @@ ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_WAIT_POLICY": "passive",
+    "TQDM_DISABLE": "1",
 }
 """Defaults set before any library loads: no chatter of others in our output, and threads that sleep while they wait.
 
@@ -53,7 +60,9 @@ def main() -> None:
         run = tyro.extras.subcommand_cli_from_dict
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        run(COMMANDS, prog="looplm", description="The toolkit for looped language models.")
+        run(
+            COMMANDS, args=completed(sys.argv[1:]), prog="looplm", description="The toolkit for looped language models."
+        )
     except (ValueError, OSError) as error:
         _fail(error, 2)
     except FloatingPointError as error:

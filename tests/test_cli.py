@@ -78,6 +78,12 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["lab", "list", "--help"], ["TASK", "--scale", "{laptop,paper}"]),
         (["lab", "run", "--help"], ["TASK", "--layers", "--loops", "--seeds", "--scale", "--matched"]),
         (["lab", "claims", "--help"], ["--only", "--quick", "--workers"]),
+        (["study", "exit-frontier", "--help"], ["MODEL", "--untrained-gate", "--items", "--rules"]),
+        (["calibrate", "--help"], ["MODEL", "--target", "loss-increase=0.5%", "--delta"]),
+        (["eval", "report", "--help"], ["DIR"]),
+        (["eval", "run", "--help"], ["MODEL", "--tasks", "--loops", "--exit-mode", "--kv-policy", "--judge"]),
+        (["eval", "compare", "--help"], ["--anyway", "--second-metric"]),
+        (["study", "depth-sweep", "--help"], ["--tasks", "--loops", "--beside-paper"]),
     ],
 )
 def test_help_loads_no_heavy_library(arguments, shown):

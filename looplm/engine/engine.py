@@ -28,6 +28,7 @@ from looplm.engine.scheduler import PATIENCE, Scheduler
 from looplm.engine.sequence import Completion, FinishReason, Read, Sequence
 from looplm.engine.text import TextStream
 from looplm.exits import Confidence, SampledExit
+from looplm.model.calibration import UNCALIBRATED, starting_threshold
 from looplm.model.depth import DepthOptions
 from looplm.model.modeling import OuroForCausalLM
 
@@ -283,15 +284,17 @@ class Engine:
         return ids
 
     def _options(self, params: SamplingParams) -> DepthOptions:
+        budget = params.depth_budget
         options = DepthOptions.gather(
             self.model.config,
             exit_threshold=params.exit_threshold,
             exit_rule=params.exit_rule,
-            depth_budget=params.depth_budget,
+            depth_budget=budget,
             min_loops=params.min_loops,
             max_loops=params.max_loops,
             prefill=params.prefill,
             kv_policy=self.kv_policy,
+            budget_start=UNCALIBRATED if budget is None else starting_threshold(self.model, budget),
         )
         if options.num_loops > self.pool.num_loops:
             raise ValueError(

@@ -146,13 +146,13 @@ class Sequence:
         if options.budget is None:
             return options.rule if options.rule is not None else FixedDepth(options.max_loops)
         spare = torch.tensor(sum(float(options.budget) - depth for depth in self.exit_depths), dtype=torch.float64)
-        return QExit(float(budget_threshold(spare)))
+        return QExit(float(budget_threshold(spare, options.budget_start)))
 
     def prompt_rule(self) -> ExitRule:
         """The rule of prompt positions. Under a budget nothing is spent when a prompt starts."""
         if self.options.prefill == "full":
             return FixedDepth(self.options.max_loops)
-        return self.options.rule if self.options.rule is not None else QExit(0.5)
+        return self.options.rule if self.options.rule is not None else QExit(self.options.budget_start)
 
     def token_at(self, start: int, count: int) -> list[int]:
         """Tokens of some positions."""

@@ -54,12 +54,17 @@ def build_model(settings: RunSettings, task: Task) -> OuroForCausalLM:
     return model
 
 
-def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]:
+def run(
+    settings: RunSettings,
+    report: Report = lambda steps: None,
+    trained: Callable[[OuroForCausalLM], None] = lambda model: None,
+) -> list[Row]:
     """Train and score; a loss that is not finite ends the training, and the weights before it are scored.
 
     Args:
         settings: of the run.
         report: told the number of steps done, now and then.
+        trained: given the model at the end, to keep it.
 
     Returns: rows as in `looplm.lab.results`, without what is the same for all rows of a run and known to the caller.
     Raises ValueError where the task or its settings cannot be.
@@ -98,6 +103,7 @@ def run(settings: RunSettings, report: Report = lambda steps: None) -> list[Row]
         fitting = (tensors(task.batch(settings.seed, n, settings.batch)) for n in itertools.count(settings.steps))
         found = frontier_rows(model, settings, task, fitting, list(held_out(settings, task)))
         rows += [{"step": step + 1, "flops": spent, **row} for row in found]
+    trained(model)
     whole = {
         "diverged": diverged,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -3,7 +3,8 @@
 Full depth is `max_loops`, else `num_loop_steps`, else the trained `total_ut_steps`. Prompts run to full depth (Ouro
 Table 14: sharing keys during prefill costs ten points), or each position by its own rule (`prefill="adaptive"`).
 A depth belongs to the position whose state is read, so under a full-depth prompt the first new token is read at full
-depth. `depth_budget` is ours: an integral controller on the Q-exit threshold.
+depth. `depth_budget` is ours: an integral controller on the Q-exit threshold, which begins where a calibration of the
+model says (`looplm.model.calibration`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from looplm.exits import ExitRule, FixedDepth, QExit, check_rows
 from looplm.model.cache import KV_POLICIES, KVPolicy
+from looplm.model.calibration import UNCALIBRATED
 
 if TYPE_CHECKING:
     from looplm.model.cache import LoopCache
@@ -27,9 +29,9 @@ BUDGET_GAIN = 0.2
 """Threshold per loop that a row has under-spent: after n tokens its mean is within about 1 / (BUDGET_GAIN n) loops."""
 
 
-def budget_threshold(spare: Tensor) -> Tensor:
-    """The Q-exit threshold of rows that have spent `spare` loops less than their budget so far."""
-    return (0.5 + BUDGET_GAIN * spare).clamp(1e-3, 1.0)
+def budget_threshold(spare: Tensor, start: float | Tensor = UNCALIBRATED) -> Tensor:
+    """The Q-exit threshold of rows that have spent `spare` loops less than their budget, and began with `start`."""
+    return (start + BUDGET_GAIN * spare).clamp(1e-3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class DepthOptions:
         min_loops, max_loops: limits; `max_loops` is full depth.
         prefill: `full`, or `adaptive`: prompt positions freeze by the rule too.
         kv_policy: what a position offers to later ones (see `looplm.model.cache`).
+        budget_start: the threshold that a budget begins with.
     """
 
     rule: ExitRule | None = None
@@ -50,6 +53,7 @@ class DepthOptions:
     max_loops: int | Tensor = 4
     prefill: Literal["full", "adaptive"] = "full"
     kv_policy: KVPolicy = "per_loop"
+    budget_start: float | Tensor = UNCALIBRATED
 
     def __post_init__(self) -> None:
         for name in ("budget", "min_loops", "max_loops"):
@@ -113,6 +117,7 @@ class DepthOptions:
         max_loops: int | Tensor | None = None,
         prefill: Literal["full", "adaptive"] = "full",
         kv_policy: KVPolicy = "per_loop",
+        budget_start: float | Tensor = UNCALIBRATED,
     ) -> DepthOptions:
         """Options from the arguments of `generate`.
 
@@ -132,7 +137,7 @@ class DepthOptions:
             raise ValueError("exit_gate_pooling is 'causal_mean': adaptive decoding needs 'token'; use num_loop_steps")
         full = num_loop_steps if max_loops is None else max_loops
         full = config.total_ut_steps if full is None else full
-        return cls(rule, depth_budget, min_loops, full, prefill, kv_policy)
+        return cls(rule, depth_budget, min_loops, full, prefill, kv_policy, budget_start)
 
 
 @dataclass
@@ -163,11 +168,12 @@ class DepthSession:
         if options.budget is None:
             return options.rule if options.rule is not None else FixedDepth(options.max_loops)
         if not self.steps:
-            return QExit(0.5)
+            return QExit(options.budget_start)
         spent = torch.cat([depths for depths, *_ in self.steps], dim=1).cpu()
         budget = torch.as_tensor(options.budget, dtype=torch.float64).cpu().reshape(-1, 1)
         spare = ((budget - spent) * (spent > 0)).sum(1)
-        return QExit(budget_threshold(spare))
+        start = options.budget_start
+        return QExit(budget_threshold(spare, start.cpu() if isinstance(start, Tensor) else start))
 
     def prompt_rule(self) -> ExitRule:
         """The rule of prompt positions in a freezing prefill."""

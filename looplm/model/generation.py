@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from looplm.exits import ExitRule
 from looplm.model.cache import KVPolicy, LoopCache
+from looplm.model.calibration import UNCALIBRATED, starting_threshold
 from looplm.model.configuration import OuroConfig
 from looplm.model.depth import DepthOptions, DepthSession
 
@@ -65,7 +66,8 @@ class DepthGenerationMixin(GenerationMixin):
             adaptive_loop: leave the loop early; by default where a threshold (here or configured), rule or budget is.
             num_loop_steps: loops at full depth; the configuration's `total_ut_steps` by default.
             exit_threshold, exit_rule: q of the paper's Q-exit in (0, 1], or any other rule of `looplm.exits`.
-            depth_budget: mean loops a new token; the Q-exit threshold of each row is steered to it.
+            depth_budget: mean loops a new token; the Q-exit threshold of each row is steered to it, from where the
+                folder's calibration puts it (refused where that is of other weights) or from 0.5.
             min_loops, max_loops: limits of the adaptive depth; `max_loops` overrides `num_loop_steps`.
             prefill: `full` depth for the prompt, or `adaptive`: its positions stop by the rule too.
             kv_policy: `per_loop`, or one slot a layer after the prompt: `last`, `average`, `first`.
@@ -92,6 +94,7 @@ class DepthGenerationMixin(GenerationMixin):
             max_loops=max_loops,
             prefill=prefill,
             kv_policy=kv_policy,
+            budget_start=UNCALIBRATED if depth_budget is None else starting_threshold(self, depth_budget),
         )
         _check_selection(options, kwargs)
         kwargs.pop("depth", None)  # assisted generation hands the main model's arguments to the assistant

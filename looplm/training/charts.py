@@ -20,6 +20,7 @@ _RULES = (
     ("#00795b", "#45c8a3"),
     ("#9c2f86", "#ea8bd3"),
     ("#8a6a00", "#d8b740"),
+    ("#b3261e", "#f2857d"),
 )
 """Colours of rules on light and on dark pages, the first for the static one; later rules begin again at the second."""
 
@@ -124,46 +125,71 @@ def depth_chart(counts: Mapping[int, int], deepest: int) -> str:
     return _svg("Depth of the generated tokens", text, (width, 144), marks)
 
 
-def frontier_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Loss above full depth against mean loops: a line a rule, its settings as points with intervals; "" without data.
+def frontier_chart(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    measure: str = "above_full",
+    unit: str = "nats a token above full depth",
+    axis: str = "mean loops",
+    marked: Mapping[str, Any] | None = None,
+) -> str:
+    """A measure against mean loops: a line a rule, its settings as points with intervals; "" without data.
 
     Args:
         curves: by name, the static one first: points as `dataclasses.asdict` of a `looplm.training.frontier.Frontier`
-            has them.
+            has them: `setting`, `loops`, the measure and its interval under `<measure>_interval`.
+        measure, unit: which number of a point is drawn, and what it counts; axis: what `loops` are.
+        marked: one point to ring, with a `label`: the calibrated one, say.
     """
     points = [point for line in curves.values() for point in line]
     if not points:
         return ""
-    ends = [end for point in points for end in point["above_full_interval"]]
+    ends = [end for point in points for end in point[f"{measure}_interval"]]
+    ends += [] if marked is None else [marked[measure]]
     pad = max((max(ends) - min(ends)) * 0.05, 1e-3)
     x = _Scale(1, max(2, *(point["loops"] for point in points)), *_X)
     y = _Scale(min(ends) - pad, max(ends) + pad, *_Y)
-    marks = [_rule_colours(len(curves)), *_axes(x, y, title="mean loops")]
-    marks.append(f'<text x="{_X[0]:g}" y="2">nats a token above full depth</text>')
+    marks = [_rule_colours(len(curves)), *_axes(x, y, title=axis)]
+    marks.append(f'<text x="{_X[0]:g}" y="2">{unit}</text>')
     for number, (name, line) in enumerate(curves.items()):
         marks.append(f'<g class="rule{_colour(number)}">')
-        marks += _frontier_line(name, sorted(line, key=lambda point: point["loops"]), x, y)
+        marks += _frontier_line(name, sorted(line, key=lambda point: point["loops"]), x, y, measure)
         height = _Y[0] + 64 + 18 * number
         marks.append(f'<path class="curve" d="M{_X[0]:g} {height - 4.5:g}h22"/>')
         marks.append(f'<text class="label" x="{_X[0] + 30:g}" y="{height:g}">{escape(name)}</text></g>')
+    rows = len(curves)
+    if marked is not None:
+        marks.append(_ring(x(marked["loops"]), y(marked[measure]), marked["label"], _Y[0] + 64 + 18 * rows))
+        rows += 1
     text = "; ".join(
-        f"{name}: " + ", ".join(f"{point['above_full']:+.3f} at {point['loops']:.2f} loops" for point in line)
+        f"{name}: " + ", ".join(f"{point[measure]:+.3f} at {point['loops']:.2f} loops" for point in line)
         for name, line in curves.items()
     )
-    size = (440, int(_Y[0]) + 56 + 18 * len(curves))
-    return _svg("Loss in nats a token above full depth, against mean loops", text, size, marks)
+    size = (440, int(_Y[0]) + 56 + 18 * rows)
+    return _svg(f"{_TITLES.get(measure, unit)}, against {axis}", text, size, marks)
 
 
-def _frontier_line(name: str, line: Sequence[Mapping[str, Any]], x: _Scale, y: _Scale) -> list[str]:
+_TITLES = {"above_full": "Loss in nats a token above full depth"}
+
+
+def _ring(across: float, up: float, label: str, height: float) -> str:
+    """A ring around a point, and its line in the key."""
+    rings = "".join(
+        f'<circle class="ring" cx="{a:.1f}" cy="{b:.1f}" r="7"/>' for a, b in ((across, up), (57, height - 4.5))
+    )
+    return f'{rings}<text x="{_X[0] + 30:g}" y="{height:g}">{escape(label)}</text>'
+
+
+def _frontier_line(name: str, line: Sequence[Mapping[str, Any]], x: _Scale, y: _Scale, measure: str) -> list[str]:
     """The line, an upright bar for each interval, and a circle for each point."""
-    places = [(x(point["loops"]), y(point["above_full"])) for point in line]
+    places = [(x(point["loops"]), y(point[measure])) for point in line]
     marks = [f'<path class="curve" d="{_line(places)}"/>']
     for point, (across, up) in zip(line, places, strict=True):
-        low, high = point["above_full_interval"]
+        low, high = point[f"{measure}_interval"]
+        value = f"{point['loss']:.4f} nats a token" if "loss" in point else f"{point[measure]:.4f}"
         marks.append(f'<path class="leader" d="M{across:.1f} {y(low):.1f}V{y(high):.1f}"/>')
         marks.append(
             f'<circle class="point" cx="{across:.1f}" cy="{up:.1f}" r="3"><title>{escape(name)} at '
-            f"{point['setting']:.3g}: {point['loss']:.4f} nats a token, {point['loops']:.2f} loops</title></circle>"
+            f"{point['setting']:.3g}: {value}, {point['loops']:.2f} loops</title></circle>"
         )
     return marks
 

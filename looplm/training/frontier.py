@@ -25,6 +25,7 @@ from looplm.exits import Confidence, ExitRule, QExit, StateDifference, exit_cdf
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.outputs import OuroCausalLMOutput
 from looplm.objectives.token_losses import IGNORED
+from looplm.training.bootstrap import Interval, interval, resampled
 from looplm.training.tracking import Progress
 
 STATIC = "static depth"
@@ -36,14 +37,10 @@ SPACING = 0.5
 CONFIDENCE_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Thresholds of the largest probability."""
 
-RESAMPLES = 1000
-"""Of the bootstrap."""
-
-Interval = tuple[float, float]
 Batches = Sequence[Mapping[str, Tensor]]
 Gate = Mapping[str, Tensor]
 _Sums = NDArray[np.float64]
-_Scored = dict[str, list[tuple[float, _Sums]]]
+ScoredWindows = dict[str, list[tuple[float, _Sums]]]
 """Of every curve its settings, and for each the tokens, nats and loops of every window, (W, 3)."""
 
 
@@ -127,7 +124,7 @@ def gate_of(model: OuroForCausalLM) -> Gate:
 
 
 @contextmanager
-def _lent(model: OuroForCausalLM) -> Iterator[Gate]:
+def lent_gate(model: OuroForCausalLM) -> Iterator[Gate]:
     """The model in eval mode; its mode and its gate, which is given here, are as they were afterwards."""
     own, was_training = gate_of(model), model.training
     model.eval()
@@ -154,7 +151,7 @@ def compare_gates(model: OuroForCausalLM, batches: Batches, gates: Mapping[str, 
     """
     most, curves = model.config.total_ut_steps, {}
     depths = [1 + SPACING / 2, *_compared_depths(most), most - SPACING / 2] if most > 1 else []
-    with _lent(model):
+    with lent_gate(model):
         for name, gate in gates.items():
             model.model.early_exit_gate.load_state_dict(gate)
             curves[name] = Curve([QExit(q) for q in thresholds_for(model, batches, depths)], gate)
@@ -178,7 +175,7 @@ def thresholds_for(model: OuroForCausalLM, batches: Batches, depths: Sequence[fl
         ValueError: no target position.
     """
     reached = []
-    with _lent(model):
+    with lent_gate(model):
         for batch in batches:
             ids, places = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
             cdf = exit_cdf(model(ids, position_ids=places, skip_logits=True).gate_logits)[..., :-1]
@@ -186,10 +183,28 @@ def thresholds_for(model: OuroForCausalLM, batches: Batches, depths: Sequence[fl
     cdf = torch.cat(reached)
     if not len(cdf):
         raise ValueError("the batches hold no target token; a threshold needs some to be found on")
-    # a position goes on after every loop whose CDF is below q, so the mean depth is 1 + (number of those) / positions
-    levels = cdf.flatten().sort().values
-    below = [min(round((depth - 1) * len(cdf)), len(levels) - 1) for depth in depths]
-    return sorted({float(levels[count]) for count in below if levels[count] > 0})
+    return [q for q in thresholds_at(cdf, depths) if q > 0]
+
+
+def thresholds_at(levels: Tensor, depths: Sequence[float]) -> list[float]:
+    """Thresholds at which the mean depth of N positions is about each of `depths`.
+
+    Args:
+        levels: (N, T - 1), after each loop but the last the level that a threshold has to exceed for the position to
+            go on; not falling along a row, -inf where nothing stops it.
+
+    Returns:
+        Ascending finite thresholds, without repetition, each half-way between two neighbouring levels where it can be:
+        rounding of another pass then moves no position over it.
+    """
+    # a position goes on after every loop whose level is below, so the mean depth is 1 + (number of those) / N
+    ordered = levels.flatten().double().sort().values
+    below = [min(max(round((depth - 1) * len(levels)), 0), len(ordered) - 1) for depth in depths]
+    highs = ordered[below].unique()
+    highs = highs[highs.isfinite()]
+    before = torch.searchsorted(ordered, highs) - 1  # the last level that is smaller, where there is one
+    lows = torch.where(before >= 0, ordered[before.clamp(min=0)], highs)
+    return torch.where(lows.isfinite(), (lows + highs) / 2, highs).tolist()
 
 
 @torch.no_grad()
@@ -218,8 +233,8 @@ def frontier(
     """
     most = loops or model.config.total_ut_steps
     passes = [(name, curve.gate, rule) for name, curve in curves.items() for rule in curve.rules]
-    with _lent(model) as own, Progress(len(passes) + 1, "frontier") as bar:
-        scored: _Scored = {STATIC: _static(model, batches, most), **{name: [] for name in curves}}
+    with lent_gate(model) as own, Progress(len(passes) + 1, "frontier") as bar:
+        scored: ScoredWindows = {STATIC: _static(model, batches, most), **{name: [] for name in curves}}
         for done, (name, gate, rule) in enumerate(passes, start=2):
             model.model.early_exit_gate.load_state_dict(own if gate is None else gate)
             sums = np.concatenate([_frozen(model, batch, rule, most) for batch in batches])
@@ -266,7 +281,7 @@ def _setting(rule: ExitRule) -> float:
     raise ValueError(f"{type(rule).__name__} has no setting to vary; use QExit, Confidence or StateDifference")
 
 
-def summarise(scored: _Scored, seed: int) -> Frontier:
+def summarise(scored: ScoredWindows, seed: int) -> Frontier:
     """Points, intervals and comparisons from the tokens, nats and loops of every window (W, 3) of every setting.
 
     Raises:
@@ -275,10 +290,7 @@ def summarise(scored: _Scored, seed: int) -> Frontier:
     first = scored[STATIC][0][1]
     kept = first[:, 0] > 0
     windows, tokens = int(kept.sum()), int(first[:, 0].sum())
-    if windows < 2:
-        raise ValueError(f"{windows} windows have a target; an interval needs 2 or more")
-    draws = np.random.default_rng(seed).multinomial(windows, np.full(windows, 1 / windows), RESAMPLES)
-    weights: _Sums = np.concatenate((np.ones((1, windows)), draws.astype(np.float64)))  # row 0: as they are
+    weights = resampled(windows, seed)
     lines = {
         name: np.stack([_means(weights @ sums[kept]) for _, sums in settings], axis=-1)
         for name, settings in scored.items()
@@ -303,7 +315,7 @@ def _means(sums: _Sums) -> _Sums:
 
 def _point(setting: float, drawn: _Sums, full: _Sums) -> Point:
     """The point of means (2, 1 + R), the first of which is the sample's own; `full` is the loss at full depth."""
-    loops, loss, above = ((float(x[0]), _interval(x[1:])) for x in (*drawn, drawn[1] - full))
+    loops, loss, above = ((float(x[0]), interval(x[1:])) for x in (*drawn, drawn[1] - full))
     return Point(setting, *loops, *loss, *above)
 
 
@@ -320,7 +332,7 @@ def _compared(curve: str, baseline: str, lines: Mapping[str, _Sums]) -> list[Com
             continue
         ours, theirs = (np.array([loss_at(loops, *drawn) for drawn in line.transpose(1, 0, 2)]) for line in pair)
         difference = ours - theirs
-        found.append(Comparison(curve, baseline, loops, float(difference[0]), _interval(difference[1:])))
+        found.append(Comparison(curve, baseline, loops, float(difference[0]), interval(difference[1:])))
     return found
 
 
@@ -328,11 +340,6 @@ def loss_at(loops: float, depths: _Sums, losses: _Sums) -> float:
     """Loss at a mean depth between the points (P,) of a curve, linear; the nearest end outside them."""
     order = np.argsort(depths, kind="stable")
     return float(np.interp(loops, depths[order], losses[order]))
-
-
-def _interval(draws: _Sums) -> Interval:
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    return low, high
 
 
 def _shown(value: float, interval: Interval, digits: int, sign: str = "") -> str:

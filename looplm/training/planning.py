@@ -233,14 +233,23 @@ def count_parameters(config: OuroConfig) -> int:
 
 def forward_flops(config: OuroConfig, stage: Stage) -> float:
     """FLOPs of a forward pass a token (see the module); with drawn loop counts, those of a pass of T loops."""
+    reads = 1 if stage.objective == "last" and stage.gate is None else config.total_ut_steps
+    return token_flops(config, config.total_ut_steps, reads, (stage.sequence_length + 1) / 2)
+
+
+def token_flops(config: OuroConfig, loops: float, reads: float, keys: float) -> float:
+    """FLOPs of one token in a forward pass (see the module).
+
+    Args:
+        loops: passes of the core; reads: vocabulary products, before each of which a coda runs. Means may be broken.
+        keys: that each attention sees on average.
+    """
     width, attention = config.hidden_size, config.num_attention_heads * (config.head_dim or 0)
-    keys = 2 * (config.num_key_value_heads or 0) * (config.head_dim or 0)
-    layer = width * (2 * attention + keys) + 3 * width * config.intermediate_size
-    loops = config.total_ut_steps
-    reads = 1 if stage.objective == "last" and stage.gate is None else loops
+    pairs = 2 * (config.num_key_value_heads or 0) * (config.head_dim or 0)
+    layer = width * (2 * attention + pairs) + 3 * width * config.intermediate_size
     passes = loops * config.num_hidden_layers + config.num_prelude_layers + reads * config.num_coda_layers
     matrices = passes * layer + reads * config.vocab_size * width
-    return 2 * matrices + 4 * passes * attention * (stage.sequence_length + 1) / 2
+    return 2 * matrices + 4 * passes * attention * keys
 
 
 def plan_table(stages: Sequence[PlannedStage]) -> Table:

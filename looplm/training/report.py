@@ -7,7 +7,7 @@ missing is left out.
 
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -44,8 +44,7 @@ def render_report(report: Report) -> str:
     """
     report = plain(report)
     depth = _deepest(report)
-    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
+    return page(
         title=_text(report.get("title") or "looplm run"),
         subtitle=_subtitle(report),
         palette=_palette(depth),
@@ -60,6 +59,12 @@ def render_report(report: Report) -> str:
         facts=_facts(report),
         repeat=_repeat(report),
     )
+
+
+def page(**parts: str) -> str:
+    """The page with these parts of its template, as HTML; those left out are empty."""
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.substitute(defaultdict(str, parts))
 
 
 def _text(value: object) -> str:

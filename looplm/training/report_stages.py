@@ -17,11 +17,11 @@ def stages_section(stages: Sequence[Stage]) -> str:
         return ""
     deepest = max(len(stage["final"]["losses"]) for stage in stages)
     heads = ["Stage", "Layers × loops", "Sequence", "Tokens", *(f"Loop {loop}" for loop in range(1, deepest + 1))]
-    return _section(
+    return section(
         "Stage by stage",
         "Validation loss after every loop at the end of every stage, in nats per token. A star marks loops beyond the "
         "stage's own. Stages with longer sequences have more context for the same text.",
-        _table("Measured on the validation text of all sources.", heads, [_stage_row(s, deepest) for s in stages]),
+        table("Measured on the validation text of all sources.", heads, [_stage_row(s, deepest) for s in stages]),
     )
 
 
@@ -59,14 +59,14 @@ def _gate(name: str, gate: Mapping[str, Any]) -> str:
     figure = f'<div class="charts"><figure>{chart}<figcaption>{caption}</figcaption></figure></div>' if chart else ""
     rows = [_comparison_row(comparison) for comparison in frontier["comparisons"]]
     heads = ["Rule", "Against", "Mean loops", "Difference", "95 % interval", "Verdict"]
-    compared = _table("Loss differences at equal mean loops, nats per token; below 0 is better.", heads, rows)
-    fits = _table(
+    compared = table("Loss differences at equal mean loops, nats per token; below 0 is better.", heads, rows)
+    fits = table(
         "The fits; hazards are the gate's mean probability to stop after each loop.",
         ["Target", "Loss before", "Loss after", "Hazards before", "Hazards after"],
         [_fit_row(target, fit) for target, fit in gate["fits"].items()],
     )
     text = "What stopping early costs: each gate at several thresholds, fixed depths, and one confidence rule."
-    return _section(f"Where to stop ({_text(name)})", text, figure + compared + fits)
+    return section(f"Where to stop ({_text(name)})", text, figure + compared + fits)
 
 
 def _whole(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -94,11 +94,13 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _section(title: str, text: str, body: str) -> str:
+def section(title: str, text: str, body: str) -> str:
+    """A section of the page; `title`, `text` and `body` are HTML."""
     return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column names the rows; all of it is text."""
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in heads)
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in row[1:])}</tr>'

@@ -151,7 +151,7 @@ def test_a_frontier_is_a_line_with_bars_for_each_rule():
 
 def test_rules_beyond_the_colours_begin_again_behind_the_static_one():
     chart = frontier_chart({str(number): [frontier_point(1 + number, 2.0)] for number in range(9)})
-    assert re.findall(r'<g class="rule(\d)">', chart) == list("012345123")
+    assert re.findall(r'<g class="rule(\d)">', chart) == list("012345612")
 
 
 def test_no_frontier_no_chart():

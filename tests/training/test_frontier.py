@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from looplm.data.pipeline import Windows, validation_batches
 from looplm.exits import Confidence, ExitRule, FixedDepth, QExit, StateDifference
 from looplm.model.modeling import OuroForCausalLM
+from looplm.training.bootstrap import RESAMPLES
 from looplm.training.frontier import (
-    RESAMPLES,
     STATIC,
     Comparison,
     Curve,

@@ -1,0 +1,111 @@
+"""The paper's own numbers and its dense peers', and the settings of its benchmarks: paper.yaml, read once.
+
+Ouro Tables 7 to 17. A user's results are set beside them where the task is the same (`beside`), with the settings that
+differ named: a number measured otherwise is not the same number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as the paper ran it.
+
+    Attributes:
+        name: its key here; title: what the paper calls it.
+        data: its data set on the hub; config, split: which part of it, where it is read as it is.
+        num_fewshot, metric, how: the paper's settings.
+        task: of lm-eval or of this package; None: the data set is read as questions, by `fields`.
+        fields: which columns are question, answer, choices and category.
+    """
+
+    name: str
+    title: str
+    data: str
+    num_fewshot: int
+    metric: str
+    how: str
+    task: str | None = None
+    config: str | None = None
+    split: str | None = None
+    fields: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of the paper.
+
+    Attributes:
+        model, table: whose it is and where it stands.
+        loops: None of a dense model; score: percent.
+    """
+
+    model: str
+    table: int
+    loops: int | None
+    score: float
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """Everything in paper.yaml, as it stands there."""
+    text = resources.files("looplm.evaluation").joinpath("paper.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+@cache
+def benchmarks() -> dict[str, Benchmark]:
+    """The paper's benchmarks by name."""
+    return {name: Benchmark(name, **values) for name, values in paper()["benchmarks"].items()}
+
+
+def benchmark_of(task: str) -> Benchmark | None:
+    """The benchmark that a task runs, by its name or by that of lm-eval; None where the paper has none."""
+    known = benchmarks()
+    return known.get(task) or next((benchmark for benchmark in known.values() if benchmark.task == task), None)
+
+
+def published(task: str) -> list[Published]:
+    """What the paper says of a task: its own models by loop, and the dense peers; empty where it says nothing."""
+    benchmark = benchmark_of(task)
+    if benchmark is None:
+        return []
+    found = [
+        Published(row["model"], row["table"], row.get("loops"), row["scores"][benchmark.name])
+        for row in paper()["models"]
+        if benchmark.name in row["scores"]
+    ]
+    for row in paper()["by_loop"]:
+        scores = row["scores"].get(benchmark.name, [])
+        found += [Published(row["model"], row["table"], loop, score) for loop, score in enumerate(scores, start=1)]
+    return found
+
+
+def unlike_paper(task: str, num_fewshot: int | None, metric: str | None, chat_template: str | None) -> list[str]:
+    """How a measurement differs from the paper's settings, in words; empty where it does not, or nothing is known."""
+    benchmark = benchmark_of(task)
+    if benchmark is None:
+        return []
+    found = []
+    if num_fewshot != benchmark.num_fewshot:
+        found.append(f"{num_fewshot} examples before the question, the paper {benchmark.num_fewshot}")
+    if metric is not None and metric.removesuffix(",none") != benchmark.metric:
+        found.append(f"metric {metric}, the paper {benchmark.metric}")
+    if chat_template is not None and "thinking" not in benchmark.how:
+        found.append("a chat template, the paper none")
+    return found
+
+
+HUB_DATA = {
+    benchmark.task: benchmark.data
+    for benchmark in (Benchmark(name, **values) for name, values in paper()["benchmarks"].items())
+    if benchmark.task is not None
+}
+"""The data set of the hub that a task of lm-eval needs."""

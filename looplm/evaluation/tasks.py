@@ -1,0 +1,312 @@
+"""Tasks for lm-eval from what is on the machine: JSON lines, BIG-bench JSON, reasoning-gym, HumanEval; and its own.
+
+A task is written as one of
+
+    NAME                            any task or group of lm-eval
+    FILE.jsonl, FOLDER/task.json    items as in `looplm.evaluation.items`
+    reasoning-gym:FAMILY[:N]        N generated questions (100), answers judged by the family's own verifier
+    reasoning-gym-choice:FAMILY[:N] the same questions; the right answer among up to four, by log-likelihood
+    humaneval[:N]                   N samples a problem (1), run against the tests in a sandbox
+    paper:NAME                      a benchmark of the paper with its few-shot count (looplm/evaluation/paper.yaml)
+
+Everything becomes an lm-eval task, so that few-shot examples, chat templates and limits mean the same for all. The
+settings of our own tasks are `VERSION` of this module; raise it where a prompt or a score changes.
+"""
+
+import importlib.util
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from looplm.evaluation.humaneval import humaneval_task
+from looplm.evaluation.items import Item, Question, items_of, load_items
+from looplm.evaluation.paper import HUB_DATA, Benchmark, benchmarks
+from looplm.model.loading import first_line
+
+VERSION = 1
+_SIZE, _SHOTS, _SEED = 100, 16, 0
+"""Questions of a reasoning-gym family, those beside them for few-shot prompts, and the seed of both."""
+_UNFIT = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
+"""Families of reasoning-gym whose own answers do not score 1."""
+_CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task that is ready: its own name, the name it was asked for by (a group's, or its own), and what to run."""
+
+    name: str
+    group: str
+    task: Task
+
+
+def load_tasks(written: Sequence[str], allow_code: bool = False) -> list[Loaded]:
+    """The tasks in the order they are named; a group gives all of its tasks.
+
+    Args:
+        allow_code: whether tasks may run what the model writes.
+
+    Raises:
+        ValueError: an unknown task, one whose data is not on this machine (with how to get it), a file that is not as
+            described, one that runs code where that is not allowed.
+    """
+    if not written:
+        raise ValueError("tasks is empty; name at least one, e.g. a file of JSON lines")
+    found: dict[str, Loaded] = {}
+    for name in written:
+        tasks = _load(name, allow_code)
+        for key, task in tasks.items():
+            if key in found:
+                raise ValueError(f"two tasks are called {key}; name each once")
+            found[key] = Loaded(key, key if len(tasks) == 1 else name.removeprefix("paper:"), task)
+    return list(found.values())
+
+
+def _load(written: str, allow_code: bool) -> dict[str, Task]:
+    kind, _, rest = written.partition(":")
+    if Path(written).suffix in (".jsonl", ".json"):
+        return _one(items_task(load_items(written), _file_name(Path(written))))
+    if kind in ("reasoning-gym", "reasoning-gym-choice"):
+        return _one(reasoning_gym_task(rest, as_choice=kind.endswith("choice")))
+    if kind == "humaneval":
+        if not allow_code:
+            raise ValueError("humaneval runs code that the model writes: allow it with --allow-code-execution")
+        return _one(humaneval_task(_count(rest or "1", written)))
+    if kind == "paper":
+        return _of_paper(rest, allow_code)
+    return _of_lm_eval(written, allow_code)
+
+
+def _of_paper(name: str, allow_code: bool) -> dict[str, Task]:
+    """A benchmark with the settings of the paper's Tables 16 and 17."""
+    benchmark = benchmarks().get(name)
+    if benchmark is None:
+        raise ValueError(f"the paper has no benchmark {name!r}; there are {', '.join(benchmarks())}")
+    if benchmark.task is None:
+        return _one(items_task(hub_items(benchmark), benchmark.name))
+    tasks = _load(benchmark.task, allow_code)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
+    return tasks
+
+
+def hub_items(benchmark: Benchmark, source: str | None = None) -> list[Item] | list[Question]:
+    """The items of a benchmark that lm-eval has no task for.
+
+    Args:
+        source: a folder or file of the same shape in place of the hub's data set.
+
+    Raises:
+        ValueError: the data is not on this machine (with how to get it), or has other columns.
+    """
+    fields = benchmark.fields or {}
+    try:
+        if source is None:
+            data = datasets.load_dataset(benchmark.data, benchmark.config, split=benchmark.split)
+        else:
+            data = datasets.load_dataset("json", data_files=source, split="train")
+    except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
+        raise ValueError(_how_to_get(benchmark.name, error, benchmark.data)) from None
+    missing = [column for column in fields.values() if column not in data.column_names]
+    if missing:
+        raise ValueError(f"{benchmark.data} has no column {missing[0]!r}; it has {', '.join(data.column_names)}")
+    rows = [{name: row[column] for name, column in fields.items()} for row in data]
+    return items_of(rows, benchmark.data)
+
+
+def _one(task: ConfigurableTask) -> dict[str, Task]:
+    return {task.task_name: task}
+
+
+def _file_name(path: Path) -> str:
+    return path.parent.name if path.name == "task.json" else path.stem
+
+
+def items_task(items: Sequence[Item] | Sequence[Question], name: str) -> ConfigurableTask:
+    """A task of items: choices by log-likelihood (`acc`, and `acc_norm` by character), answers by exact match."""
+    if isinstance(items[0], Item):
+        docs = [_choice_doc(item) for item in items if isinstance(item, Item)]
+        return ConfigurableTask(config={**_choice_settings(name), "custom_dataset": _split(docs)})
+    docs = [{"id": q.id, "prompt": q.prompt, "answers": list(q.answers), "category": q.category or ""} for q in items]  # type: ignore[union-attr]
+    return ConfigurableTask(
+        config={
+            **_common(name),
+            "custom_dataset": _split(docs),
+            "output_type": "generate_until",
+            "doc_to_target": "answers",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+            "process_results": partial(_exact_match),
+            "metric_list": [_mean("exact_match")],
+        }
+    )
+
+
+def _choice_doc(item: Item) -> dict[str, Any]:
+    choices = list(item.choices)
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "choices": choices,
+        "answer": item.answer,
+        "category": item.category or "",
+    }
+
+
+def _common(name: str) -> dict[str, Any]:
+    return {
+        "task": name,
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "prompt",
+        "metadata": {"version": VERSION},
+    }
+
+
+def _choice_settings(name: str) -> dict[str, Any]:
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
+    return {
+        **_common(name),
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": metrics,
+    }
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+def _split(test: list[dict[str, Any]], shots: list[dict[str, Any]] | None = None) -> Callable[..., dict[str, Dataset]]:
+    """The data as lm-eval asks for it."""
+    sets = {"test": Dataset.from_list(test)}
+    if shots is not None:
+        sets["shots"] = Dataset.from_list(shots)
+    return lambda **_: sets
+
+
+def _exact_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the text is one of the answers, but for case, outer white space and a full stop at its end."""
+    said = normal(results[0])
+    return {"exact_match": float(any(said == normal(answer) for answer in doc["answers"]))}
+
+
+def normal(text: str) -> str:
+    """A free answer without what does not matter: case, runs of white space, a full stop at its end."""
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip().casefold()
+
+
+def _count(written: str, task: str) -> int:
+    if not written.isdigit() or int(written) < 1:
+        raise ValueError(f"task {task!r}: {written!r} is no number of examples or samples above 0")
+    return int(written)
+
+
+def reasoning_gym_task(written: str, as_choice: bool) -> ConfigurableTask:
+    """A family of reasoning-gym as a task, from "FAMILY" or "FAMILY:N".
+
+    Raises:
+        ValueError: not installed, an unknown family or one that does not verify itself, no number.
+    """
+    family, _, count = written.partition(":")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError("reasoning-gym is not installed: pip install 'looplm[eval]'")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if family not in DATASETS or family in _UNFIT:
+        near = ", ".join(sorted(name for name in DATASETS if name not in _UNFIT)[:8])
+        raise ValueError(f"reasoning-gym has no usable family {family!r}; there are {near} ...")
+    size = _count(count, f"reasoning-gym:{written}") if count else _SIZE
+    data = reasoning_gym.create_dataset(family, size=size, seed=_SEED)
+    more = reasoning_gym.create_dataset(family, size=_SHOTS, seed=_SEED + 1)
+    if as_choice:
+        items = gym_choices([(entry["question"], str(entry["answer"])) for entry in data])
+        return items_task(items, f"reasoning-gym-choice-{family}")
+    docs, shots = ([_gym_doc(place, entry) for place, entry in enumerate(part)] for part in (data, more))
+    return ConfigurableTask(
+        config={
+            **_common(f"reasoning-gym-{family}"),
+            "fewshot_split": "shots",
+            "custom_dataset": _split(docs, shots),
+            "output_type": "generate_until",
+            "doc_to_target": "answer",
+            "generation_kwargs": {"until": ["Question:", "\n\n"], "max_gen_toks": 128, "do_sample": False},
+            "process_results": partial(_verified, data),
+            "metric_list": [_mean("score"), _mean("solved")],
+        }
+    )
+
+
+def _gym_doc(place: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = f"Question: {entry['question'].strip()}\nAnswer:"
+    return {"id": str(place), "place": place, "prompt": prompt, "answer": str(entry["answer"]), "category": ""}
+
+
+def _verified(data: Any, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The family's own score of the answer, and whether it is full."""
+    score = float(data.score_answer(answer=results[0].strip(), entry=data[doc["place"]]))
+    return {"score": score, "solved": float(score == 1.0)}
+
+
+def gym_choices(pairs: Sequence[tuple[str, str]]) -> list[Item]:
+    """Questions with their answer among up to three others, drawn from the answers to the other questions.
+
+    Raises:
+        ValueError: all answers are the same.
+    """
+    draw, answers = random.Random(_SEED), sorted({answer for _, answer in pairs})
+    if len(answers) < 2:
+        raise ValueError("every question has the same answer; there is nothing to choose between")
+    items = []
+    for place, (question, answer) in enumerate(pairs):
+        others = draw.sample([other for other in answers if other != answer], min(_CHOICES - 1, len(answers) - 1))
+        choices = draw.sample([answer, *others], len(others) + 1)
+        items.append(Item(str(place), f"Question: {question.strip()}\nAnswer:", tuple(choices), choices.index(answer)))
+    return items
+
+
+@cache
+def _manager() -> TaskManager:
+    """lm-eval's index of its tasks, which takes seconds to read."""
+    return TaskManager()
+
+
+def _of_lm_eval(name: str, allow_code: bool) -> dict[str, Task]:
+    """A task or group that ships with lm-eval; its data come from the hub's cache."""
+    manager = _manager()
+    if name not in manager.all_tasks:
+        near = manager.match_tasks([f"*{name}*"])[:5]
+        hint = f"near it: {', '.join(near)}" if near else "see `lm-eval ls tasks`"
+        raise ValueError(f"no such task: {name} is no task of lm-eval, no file and no reasoning-gym:FAMILY; {hint}")
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        tasks: dict[str, Task] = manager.load([name])["tasks"]
+    except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
+        raise ValueError(_how_to_get(name, error, HUB_DATA.get(name))) from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    unsafe = [key for key, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not allow_code:
+        raise ValueError(f"{unsafe[0]} runs code that the model writes: allow it with --allow-code-execution")
+    return tasks
+
+
+def _how_to_get(name: str, error: Exception, data: str | None) -> str:
+    fetch = f"hf download --repo-type dataset {data}" if data else "run it once on a machine with a connection"
+    return (
+        f"the data of {name} is not on this machine ({type(error).__name__}: {first_line(error)}): "
+        f"{fetch}, and bring the cache (HF_HOME) here"
+    )

