@@ -83,10 +83,10 @@ def step(
     layer, state = weights.layer, hidden[:, 0]
     attention, eps = layer.self_attn, layer.input_layernorm.variance_epsilon
     mixed = _attend(weights, attention.head_dim, _norm(state, weights.before_attention, eps), rotary, mask, memory)
-    mixed = _few(mixed, weights.out)
+    mixed = product(mixed, weights.out)
     state = state + (mixed if weights.after_attention is None else _norm(mixed, weights.after_attention, eps))
-    gate, up = _few(_norm(state, weights.before_mlp, eps), weights.gate_up).chunk(2, dim=-1)
-    mixed = _few(layer.mlp.act(gate).mul_(up), weights.down)
+    gate, up = _columns(weights.gate_up, _norm(state, weights.before_mlp, eps).t()).chunk(2)
+    mixed = _columns(weights.down, layer.mlp.act(gate).mul_(up)).t().contiguous()
     return (state + (mixed if weights.after_mlp is None else _norm(mixed, weights.after_mlp, eps)))[:, None]
 
 
@@ -101,7 +101,7 @@ def _attend(
     """(R, D) to (R, H x D_h), before the output projection."""
     rows, queries = x.shape[0], weights.out.shape[1]
     turned = queries + (weights.qkv.shape[0] - queries) // 2
-    projected = _few(x, weights.qkv)
+    projected = product(x, weights.qkv)
     heads = projected[:, :turned].view(rows, -1, 1, head_dim)
     cos, sin = rotary
     half = head_dim // 2
@@ -115,9 +115,9 @@ def _attend(
     return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped).view(rows, -1)
 
 
-def _few(x: Tensor, weight: Tensor) -> Tensor:
-    """(R, inputs) to (R, outputs)."""
-    return torch.mv(weight, x[0])[None] if x.shape[0] == 1 else product(x, weight)
+def _columns(weight: Tensor, x: Tensor) -> Tensor:
+    """W x of (inputs, R), a column a row: between two products nothing is turned back (see `projections.product`)."""
+    return torch.mv(weight, x[:, 0])[:, None] if x.shape[1] == 1 else torch.mm(weight, x)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
