@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from looplm.model.layers import Memory, OuroDecoderLayer, OuroRMSNorm, wide_dtype
+from looplm.model.layers import Memory, OuroAttention, OuroDecoderLayer, OuroMLP, OuroRMSNorm, wide_dtype
 from looplm.model.projections import OuroLinear, bound_by_memory, product, side_by_side
 
 
@@ -63,17 +63,26 @@ def _serves(layer: OuroDecoderLayer, hidden: Tensor) -> bool:
         return False
     if layer.training or not bound_by_memory(hidden, layer.self_attn.o_proj.weight):
         return False
-    return all(_untouched(module) for module in layer.modules() if module is not layer.mlp.act)
+    return all(map(_untouched, _parts(layer)))
 
 
-_OWN = (OuroDecoderLayer, OuroRMSNorm, OuroLinear)
+def _parts(layer: OuroDecoderLayer) -> list[nn.Module]:
+    """The modules whose calls are left out, but for the activation."""
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
+    parts += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    parts += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [*parts, layer.input_layernorm_2, layer.post_attention_layernorm_2] if layer.sandwich else parts
+
+
+_OWN = frozenset({OuroDecoderLayer, OuroAttention, OuroMLP, OuroRMSNorm, OuroLinear})
 
 
 def _untouched(module: nn.Module) -> bool:
     """No adapter around it, no hook on it, no replaced forward."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
-    return type(module) in _OWN or type(module).__module__ == OuroDecoderLayer.__module__
+    return type(module) in _OWN
 
 
 def step(
