@@ -96,6 +96,16 @@ class DepthGenerationMixin(GenerationMixin):
             kv_policy=kv_policy,
             budget_start=UNCALIBRATED if depth_budget is None else starting_threshold(self, depth_budget),
         )
+        return self._generate_at(options, inputs, generation_config, kwargs)
+
+    def _generate_at(
+        self,
+        options: DepthOptions,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """transformers' `generate` in a session of these options, and what the session recorded."""
         _check_selection(options, kwargs)
         kwargs.pop("depth", None)  # assisted generation hands the main model's arguments to the assistant
         start, new_only = _prompt(inputs, kwargs)
