@@ -2,7 +2,7 @@
 
 import json
 import re
-from importlib.util import find_spec
+import sys
 
 import pytest
 import torch
@@ -68,11 +68,20 @@ def test_the_released_names_and_keys(tmp_path):
         assert set(file.keys()) == names
 
 
-@pytest.mark.skipif(find_spec("accelerate") is not None, reason="accelerate is installed")
-def test_device_map_without_accelerate_is_refused_by_name(tmp_path):
+def test_device_map_without_accelerate_is_refused_by_name(tmp_path, monkeypatch):
     small().save_pretrained(tmp_path)
+    for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+        if "is_accelerate_available" in vars(module):
+            monkeypatch.setattr(module, "is_accelerate_available", lambda *version: False)
     with pytest.raises((ValueError, ImportError), match="accelerate"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_device_map_with_accelerate_gives_the_same_model(tmp_path):
+    model, ids = small().eval(), torch.arange(1, 6)[None]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=model.dtype)
+    assert torch.equal(loaded(ids.to(loaded.device)).logits.cpu(), model(ids).logits)
 
 
 # ---- the card
