@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
@@ -91,10 +91,9 @@ def encode_conversation(
     Raises:
         ValueError: the template refuses the conversation, or marks nothing in it.
     """
+    render, chat, names = cast("Any", render_jinja_template), conversation, tokenizer.special_tokens_map
     try:
-        texts, marks = render_jinja_template(
-            [conversation], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-        )
+        texts, marks = render([chat], chat_template=template, return_assistant_tokens_mask=True, **names)
     except Exception as error:  # whatever a template raises, jinja's errors among them
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())}") from None
     pieces, end = [], 0
@@ -105,7 +104,8 @@ def encode_conversation(
         raise ValueError("the chat template marks nothing of a conversation; put {% generation %} around the answers")
     pieces = [piece for piece in [*pieces, (texts[0][end:], False)] if piece[0]]
     encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for (_, learnt), tokens in zip(pieces, encoded, strict=True):
         ids += tokens
         labels += tokens if learnt else [IGNORED] * len(tokens)

@@ -104,7 +104,7 @@ def merge_adapter(folder: str | PathLike[str], model: OuroForCausalLM) -> OuroFo
             raise ValueError(
                 f"adapter {folder} was trained on other weights than these; merge it into {trained_on['model']}"
             )
-    merged: OuroForCausalLM = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[operator]
+    merged: OuroForCausalLM = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     if (folder / GATE).is_file():
         try:
             merged.model.early_exit_gate.load_state_dict(load_file(folder / GATE))
@@ -120,5 +120,5 @@ def weights_digest(model: OuroForCausalLM) -> str:
     for name, weight in sorted(model.named_parameters()):
         if ".early_exit_gate." not in name:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

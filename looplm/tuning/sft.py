@@ -139,7 +139,7 @@ def _begin(recipe: SFTRecipe, folder: Path) -> Work:
             f"{recipe.model} has {config.vocab_size} embeddings, fewer than the tokenizer's {len(tokenizer)}: "
             "use the tokenizer it was trained with"
         )
-    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    cast("Any", model).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return Work(
         recipe=recipe,
         folder=folder,
@@ -148,7 +148,7 @@ def _begin(recipe: SFTRecipe, folder: Path) -> Work:
         adapter=adapter,
         base_gate=gate_of(model),
         base_digest="" if adapter is None else weights_digest(model),
-        dtype=config.dtype or torch.float32,
+        dtype=cast("torch.dtype", config.dtype or torch.float32),
         autocast=choose_autocast(recipe.autocast, model.device, config.hidden_size),
     )
 
@@ -199,9 +199,9 @@ def _train(work: Work, data: Conversations, log: MetricsLog, stop: StopSignal) -
     if work.adapter is not None:
         tuned = cast("PeftModel", trainer.model)
         save_folder(work.folder / "adapter", lambda path: save_adapter(path, tuned, recipe.model, work.base_digest))
-        tuned.merge_and_unload()  # type: ignore[operator]
+        tuned.merge_and_unload()
     work.model.__dict__.pop("forward", None)  # TRL's own way through the head, which nothing here takes
-    work.model.to(work.dtype).eval()
+    cast("Any", work.model).to(work.dtype).eval()
     return steps
 
 

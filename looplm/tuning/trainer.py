@@ -68,7 +68,8 @@ class LoopSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, *args: Any, objective: Objective, exit_beta: float | None, **options: Any) -> None:
-        self.objective, self.exit_beta = objective, exit_beta
+        self.objective: Objective = objective
+        self.exit_beta: float | None = exit_beta
         self._sums: Tensor | None = None
         super().__init__(*args, **options)
 
@@ -155,7 +156,7 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """A checkpoint is written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         write_json(folder / MARK, {"metrics": self.metrics.position()})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
