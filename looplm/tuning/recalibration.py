@@ -75,7 +75,7 @@ def recalibrate(
     frozen = collect_states(model, train, settings.tokens)
     fit = fit_gate(model, frozen, settings, seed, log)
     gates: dict[str, Gate] = {BEFORE_TUNING: before_tuning, TUNED: tuned, RECALIBRATED: dict(gate_of(model))}
-    if all(torch.equal(before_tuning[name], tensor) for name, tensor in tuned.items()):
+    if all(torch.equal(before_tuning[name].to(tensor), tensor) for name, tensor in tuned.items()):
         del gates[TUNED]  # tuning left the gate as it was
     frontier = compare_gates(model, validation, gates, seed=seed)
     return Recalibration({name: value for name, value in asdict(fit).items() if name != "history"}, frontier)

@@ -39,6 +39,8 @@ from looplm.tuning.trainer import MARK, LoopSFTTrainer, Reporter, last_checkpoin
 
 BEYOND = 2
 """Loops beyond the trained depth that are measured too."""
+_ROWS = 16
+"""Rows in which the end of a turn is looked for."""
 
 
 @dataclass
@@ -258,9 +260,9 @@ def _finish(
 
 def learn_to_stop(model: OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, data: Conversations) -> None:
     """Let generation end where a turn of the assistant ends, with the special token that was learnt there."""
-    labels = collate([data.train[0]])["labels"][0]
-    ends = [int(a) for a, b in zip(labels, [*labels[1:], IGNORED], strict=False) if a != IGNORED and b == IGNORED]
-    special = [token for token in ends[:1] if token in tokenizer.all_special_ids]
+    rows = [data.train[number]["labels"] for number in range(min(_ROWS, len(data.train)))]
+    ends = [a for row in rows for a, b in zip(row, [*row[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
+    special = [token for token in ends if token in tokenizer.all_special_ids][:1]  # a row may end where it was cut
     for settings in (model.config, model.generation_config):
         known = settings.eos_token_id
         known = [] if known is None else [known] if isinstance(known, int) else list(known)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tuned import save_base, sft_recipe, sft_values, weights
 
 from looplm.model.loading import load_model
+from looplm.model.saving import Provenance, write_model
 from looplm.objectives.token_losses import IGNORED
 from looplm.tuning.conversations import prepare_conversations, windows
 from looplm.tuning.recalibration import measure_rows
@@ -111,6 +112,15 @@ def test_recalibration_moves_the_gate_alone_and_shows_the_frontier(tmp_path, bas
     assert bare["gate"] is None and bare["after"]["losses"] == report["after"]["losses"]
 
 
+def test_a_bf16_model_is_tuned_in_fp32_and_saved_as_it_came(tmp_path, base):
+    model, tokenizer = load_model(str(base), torch.bfloat16)
+    write_model(tmp_path / "half", model, tokenizer, Provenance("Untrained."))
+    gate = {"recalibrate_gate": True, "gate": {"tokens": 300, "epochs": 1}}
+    report = tune(sft_recipe(tmp_path, tmp_path / "half", steps=2, objective="last", packing=False, **gate))
+    assert load_model(str(tmp_path / "out" / "model"))[0].dtype == torch.bfloat16
+    assert "tuned gate" not in report["gate"]["frontier"]["curves"]  # the last loop alone leaves it as it was
+
+
 # ---- killed, stopped, begun twice
 
 
@@ -133,7 +143,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
     assert code == 0, said
     moments = [
         Moment("torch.optim:AdamW.step", 2),  # before the first checkpoint
-        Moment("transformers.trainer:Trainer._save_rng_state", 2),  # in the middle of the second, which stays without its mark
+        Moment("transformers.trainer:Trainer._save_rng_state", 2),  # in the second one, which stays unmarked
         Moment("looplm.tuning.sft:write_model"),  # trained, but not saved
     ]
     for moment in moments:
