@@ -178,7 +178,13 @@ def _train(work: Work, data: Conversations, log: MetricsLog, stop: StopSignal) -
         if not (path / MARK).is_file():
             shutil.rmtree(path)  # a save that was interrupted
     found = last_checkpoint(checkpoints)
-    log.cut(0 if found is None else found[1])
+    kept = 0 if found is None else found[1]
+    if log.position() < kept:
+        raise ValueError(
+            f"{log.path} has {log.position()} bytes, but had {kept} at the last checkpoint: "
+            "put it back, or choose another output folder (--output)"
+        )
+    log.cut(kept)
     with Progress(1.0, "tuning") as bar:
         trainer = LoopSFTTrainer(
             work.model,

@@ -186,6 +186,17 @@ def test_another_recipe_is_refused_with_the_differences(tmp_path, base):
         tune(sft_recipe(tmp_path, base, steps=1, seed=6))
 
 
+def test_missing_records_are_refused(tmp_path, base):
+    recipe, out = sft_recipe(tmp_path, base, steps=2), tmp_path / "out"
+    tune(recipe)
+    (out / "report.json").unlink()
+    os.truncate(out / "metrics.jsonl", 10)
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl has 10 bytes, but had \d+ at the last checkpoint: put it back"
+    ):
+        tune(recipe)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, base):
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss is (nan|inf); lower learning_rate"):
         tune(sft_recipe(tmp_path, base, learning_rate=1e30, clip=1e30, warmup_steps=0))
