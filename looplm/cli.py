@@ -21,6 +21,7 @@ from looplm.commands.inspecting import trace
 from looplm.commands.lab import lab
 from looplm.commands.study import study
 from looplm.commands.training import demo, train
+from looplm.commands.tuning import merge, sft
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
 
@@ -34,6 +35,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "convert": convert,
     "verify": verify,
+    "sft": sft,
+    "merge": merge,
     "eval": evaluate,
     "study": study,
     "calibrate": calibrate,

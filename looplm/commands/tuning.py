@@ -1,0 +1,94 @@
+"""`looplm sft` and `looplm merge`: a model tuned on conversations, and an adapter put into its model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from looplm.commands import public_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def sft(
+    recipe: Annotated[Positional[str], arg(help="a YAML recipe (looplm/recipes/sft-cpu.yaml is an example)")],
+    output: Annotated[str | None, arg(help="folder to write to, instead of the recipe's")] = None,
+) -> None:
+    """Tune a model on conversations; started again, it goes on from its last checkpoint."""
+    from looplm.tuning.recipe import load_sft_recipe
+
+    settings = load_sft_recipe(recipe)
+    if output is not None:
+        settings = settings.model_copy(update={"output": output})
+    _need_libraries()
+
+    from rich.console import Console
+
+    from looplm.training.resume import Stopped
+    from looplm.tuning.sft import tune
+
+    try:
+        report = tune(settings)
+    except Stopped as stopped:
+        print(stopped)
+        return
+    console = Console()
+    console.print(_before_after(report))
+    if report["gate"] is not None:
+        from looplm.training.summary import comparison_table
+
+        console.print(comparison_table("recalibration", report["gate"]))
+    counts = ", ".join(f"{name} {count}" for name, count in report["conversations"].items() if count)
+    folder = Path(settings.output)
+    lines = [f"conversations  {counts}", f"model    {folder / 'model'}"]
+    lines += [f"adapter  {folder / 'adapter'}"] if settings.lora is not None else []
+    lines.append(f"report   {folder / 'report.json'}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def merge(
+    adapter: Annotated[Positional[str], arg(help="an adapter folder, as `looplm sft` or PEFT saved it")],
+    output: Annotated[str, arg(help="folder for the merged model")],
+    model: Annotated[str | None, arg(help="the model it was trained on; without: the one the adapter names")] = None,
+) -> None:
+    """Add an adapter's weights to its model's, and save a model folder of its own."""
+    _need_libraries()
+
+    from looplm.model.loading import load_model
+    from looplm.model.saving import Provenance, require_new_folder, save_model
+    from looplm.tuning.lora import base_of, merge_adapter
+
+    require_new_folder(output)
+    base = model or base_of(adapter)
+    looped, tokenizer = load_model(base)
+    merged = merge_adapter(adapter, looped)
+    origin = f"The adapter {public_name(adapter)} merged by looplm into {public_name(base)}."
+    save_model(output, merged, tokenizer, Provenance(origin))
+    print(f"model   {output}")
+
+
+def _need_libraries() -> None:
+    """Raises ValueError where the libraries of tuning are missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("peft", "trl") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed, which tuning needs: pip install 'looplm[tuning]'")
+
+
+def _before_after(report: dict[str, Any]) -> "Table":
+    """Loss of every loop before and after, and the mean depth of the exit distribution."""
+    from rich.table import Table
+
+    trained = report["trained_loops"]
+    table = Table(title=f"nats a token of the assistant, {report['measured_tokens']:,} held-out tokens")
+    for heading in ("loop", "before", "after"):
+        table.add_column(heading, justify="right")
+    for loop, losses in enumerate(zip(report["before"]["losses"], report["after"]["losses"], strict=True), start=1):
+        name = str(loop) if loop <= trained else f"{loop} (beyond training)"
+        table.add_row(name, *(f"{loss:.4f}" for loss in losses), end_section=loop == len(report["after"]["losses"]))
+    sides = (report["before"]["exit_probabilities"], report["after"]["exit_probabilities"])
+    depths = [sum(loop * p for loop, p in enumerate(side, start=1)) for side in sides]
+    table.add_row("expected depth", *(f"{depth:.2f}" for depth in depths))
+    return table
