@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from looplm.commands import command_line
-from looplm.commands.depth_studies import steps
+from looplm.commands.depth_studies import finish, steps
 
 if TYPE_CHECKING:
-    from looplm.evaluation.faithfulness import Faithfulness
     from looplm.evaluation.prompts import Prompt
     from looplm.evaluation.recipe import Recipe
-    from looplm.evaluation.safety import Safety
-    from looplm.evaluation.tables import Table
     from looplm.model.modeling import OuroForCausalLM
 
 
@@ -72,7 +69,7 @@ def safety(
         generation={"max_new_tokens": max_new_tokens, "temperature": 0},
         limit=limit,
     )
-    _finish(output, recipe, found, safety_tables.tables(found), safety_tables.figures(found))
+    finish(output, recipe, found.as_dict(), safety_tables.tables(found), safety_tables.figures(found))
 
 
 def faithfulness(
@@ -107,7 +104,7 @@ def faithfulness(
     recipe = _recipe(model, looped, "faithfulness", [question.prompt for question in questions], settings, seed)
     shown = faithfulness_tables.tables(found, asked[0].choices)
     recipe = replace(recipe, loops=found.loops, limit=limit, batch_size=None)
-    _finish(output, recipe, found, shown, faithfulness_tables.figures(found))
+    finish(output, recipe, found.as_dict(), shown, faithfulness_tables.figures(found))
 
 
 def _at_least_one(given: dict[str, int | None]) -> None:
@@ -148,23 +145,3 @@ def _recipe(
 
     typed = command_line()
     return study_recipe(model, looped, study, data=sent, settings=settings, seed=seed, batch_size=BATCH, command=typed)
-
-
-def _finish(
-    folder: str,
-    recipe: "Recipe",
-    found: "Safety | Faithfulness",
-    tables: "list[Table]",
-    figures: dict[str, str],
-) -> None:
-    """Write the files of a study and show its tables."""
-    from rich.console import Console
-
-    from looplm.evaluation.saving import save_study
-
-    written, console = save_study(folder, recipe.task, recipe, found.as_dict(), tables, figures), Console()
-    for table in tables:
-        console.print(table.rich())
-    console.print(
-        f"results {written}, with tables and figures beside it", markup=False, highlight=False, soft_wrap=True
-    )

@@ -122,6 +122,22 @@ def test_data_of_the_hub_is_read_by_its_columns(tmp_path, name):
         assert items[0].answers == {"olympiad": ("2",), "beyond_aime": ("7",), "hle": ("x",)}[name]
 
 
+@pytest.mark.parametrize("name", ["beyond_aime", "super_gpqa"])
+def test_benchmarks_for_thinking_models_are_sampled_as_in_table_17(tmp_path, monkeypatch, name):
+    items = hub_items(benchmarks()[name], str(write_lines(tmp_path / "data.jsonl", [SHAPES[name]] * 3)))
+    monkeypatch.setattr("looplm.evaluation.tasks.hub_items", lambda benchmark: items)
+    (loaded,) = load_tasks([f"paper:{name}"])
+    settings = loaded.task.config.generation_kwargs
+    if name == "super_gpqa":
+        assert loaded.task.OUTPUT_TYPE == "multiple_choice"
+        return
+    assert (settings["do_sample"], settings["temperature"], settings["top_p"]) == (True, 1.0, 0.7)
+    assert settings["until"] == [] and settings["max_gen_toks"] == 32768
+    assert load_tasks([str(write_lines(tmp_path / "own.jsonl", question_records(2)))])[0].task.config.generation_kwargs[
+        "until"
+    ] == ["\n"]
+
+
 def test_data_of_another_shape(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [{"question": "q"}])
     with pytest.raises(ValueError, match="has no column 'problem'; it has question"):
