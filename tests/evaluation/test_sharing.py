@@ -117,7 +117,7 @@ def answering():
     return tiny_model(vocab_size=len(tokenizer)), tokenizer
 
 
-LONG = "the loop goes round and the gate opens " * 3
+LONG = "the loop goes round and the gate opens " * 2
 
 
 def test_exact_match_is_a_column_and_a_figure(answering, windows) -> None:
