@@ -30,7 +30,7 @@ def safety(
     chat_template: Annotated[bool, arg(help="wrap prompts in the model's template, where it has one")] = True,
     limit: Annotated[int | None, arg(help="this many of the prompts of either kind, drawn at random")] = None,
     seed: Annotated[int, arg(help="of the drawing")] = 0,
-    output: Annotated[str, arg(help="folder; it keeps what the model said, so keep it to yourself")] = "runs/safety",
+    output: Annotated[str, arg(help="folder; it keeps what the model said, so keep it to yourself")] = "runs/study/safety",
 ) -> None:
     """How often a model does harm when asked to, by loops, and where its states put harmful prompts (7.1)."""
     _at_least_one({"--max-new-tokens": max_new_tokens, "--limit": limit})
@@ -82,7 +82,7 @@ def faithfulness(
     interventions: Annotated[int, arg(help="questions whose state is replaced, twice a loop; 0 for none")] = 200,
     limit: Annotated[int | None, arg(help="the first so many items")] = None,
     seed: Annotated[int, arg(help="of folds, controls and sources")] = 0,
-    output: Annotated[str, arg(help="folder of the results")] = "runs/faithfulness",
+    output: Annotated[str, arg(help="folder of the results")] = "runs/study/faithfulness",
 ) -> None:
     """When a loop's answer is there, whether loops agree, and whether answers follow a replaced state (7.2)."""
     _at_least_one({"--loops": loops, "--limit": limit})
