@@ -7,8 +7,8 @@ tests nothing, and is refused; `FEWEST_TOKENS` new ones are the least.
     loss         nats a token of the text's own continuation, fed token by token under the policy (teacher-forced)
     agreement    share of greedily written tokens that equal those of `per_loop` at the same place, and how many come
                  before the first that does not
-    exact match  share of questions whose greedy answer is the right one (with items); an answer of fewer than
-                 `FEWEST_TOKENS` tokens is refused for the same reason
+    exact match  share of questions behind which the right answer is written (with items), whatever follows it; an
+                 answer of fewer than `FEWEST_TOKENS` tokens is refused for the same reason
     bytes        keys and values in the cache at the end, all rows together, measured
 
 The first new token is left out of loss and agreement. Intervals are 95 % bootstrap intervals over texts, paired.
@@ -232,7 +232,7 @@ def _answers(
     policy: KVPolicy,
     batch_size: int,
 ) -> list[str]:
-    """The first line of each greedy answer."""
+    """What is written greedily behind each question."""
     said: list[str] = []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     for first in range(0, len(questions), batch_size):
@@ -245,14 +245,19 @@ def _answers(
             adaptive_loop=False, kv_policy=policy,
         )  # fmt: skip
         said += map(str, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
-    return [text.strip().partition("\n")[0].strip() for text in said]
+    return said
 
 
 def exact_matches(questions: Sequence[Question], said: Sequence[str]) -> Share:
-    """How many answers are a right one to the letter, white space around them aside."""
+    """How many texts begin with a right answer, to the letter; small models do not stop there, so more may follow."""
     pairs = zip(questions, said, strict=True)
-    right = sum(text in [wanted.strip() for wanted in question.answers] for question, text in pairs)
-    return share(right, len(questions))
+    return share(sum(any(_begins(text, answer) for answer in q.answers) for q, text in pairs), len(questions))
+
+
+def _begins(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer that ends where a word or number does."""
+    text, answer = text.strip(), answer.strip()
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
 
 def _rows(

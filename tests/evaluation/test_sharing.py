@@ -89,9 +89,11 @@ def test_bytes_are_measured(found) -> None:
     assert [row.reduction for row in found.rows] == [1.0, 3.0, 3.0, 3.0]
 
 
-def test_questions_are_matched_by_their_first_line_to_the_letter() -> None:
-    questions = [Question("1", "?", ("no", "one two")), Question("2", "?", ("one two",))]
-    assert exact_matches(questions, ["one two", "one tw"]) == Share(1, 2, None, None)
+def test_an_answer_is_what_is_written_first_to_the_letter() -> None:
+    questions = [Question("1", "?", ("no", "1, 23")), Question("2", "?", (" 1, 23\n",))]
+    assert exact_matches(questions, ["  1, 23", "1, 2"]) == Share(1, 2, None, None)
+    assert exact_matches(questions, ["1, 23, 4", "1, 234"]) == Share(1, 2, None, None)
+    assert exact_matches(questions, ["so 1, 23", "1, 23\nmore"]) == Share(1, 2, None, None)
     assert exact_matches(questions * 10, ["no", "no"] * 10) == share(10, 20)
 
 
@@ -106,8 +108,7 @@ def test_answers_in_company_are_those_of_each_question_alone(answering, policy) 
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, adaptive_loop=False,
             kv_policy=policy,
         )  # fmt: skip
-        said = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-        alone.append(said.strip().partition("\n")[0].strip())
+        alone.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
     assert _answers(model, tokenizer, questions, NEW, policy, 3) == alone and any(alone)
 
 
