@@ -30,7 +30,9 @@ def safety(
     chat_template: Annotated[bool, arg(help="wrap prompts in the model's template, where it has one")] = True,
     limit: Annotated[int | None, arg(help="this many of the prompts of either kind, drawn at random")] = None,
     seed: Annotated[int, arg(help="of the drawing")] = 0,
-    output: Annotated[str, arg(help="folder; it keeps what the model said, so keep it to yourself")] = "runs/study/safety",
+    output: Annotated[
+        str, arg(help="folder; it keeps what the model said, so keep it to yourself")
+    ] = "runs/study/safety",
 ) -> None:
     """How often a model does harm when asked to, by loops, and where its states put harmful prompts (7.1)."""
     _at_least_one({"--max-new-tokens": max_new_tokens, "--limit": limit})
