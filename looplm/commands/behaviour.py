@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from looplm.commands import command_line
-from looplm.commands.depth_studies import steps
+from looplm.commands.depth_studies import finish, steps
 
 if TYPE_CHECKING:
-    from looplm.evaluation.faithfulness import Faithfulness
     from looplm.evaluation.prompts import Prompt
     from looplm.evaluation.recipe import Recipe
-    from looplm.evaluation.safety import Safety
-    from looplm.evaluation.tables import Table
     from looplm.model.modeling import OuroForCausalLM
 
 
@@ -33,7 +30,9 @@ def safety(
     chat_template: Annotated[bool, arg(help="wrap prompts in the model's template, where it has one")] = True,
     limit: Annotated[int | None, arg(help="this many of the prompts of either kind, drawn at random")] = None,
     seed: Annotated[int, arg(help="of the drawing")] = 0,
-    output: Annotated[str, arg(help="folder; it keeps what the model said, so keep it to yourself")] = "runs/safety",
+    output: Annotated[
+        str, arg(help="folder; it keeps what the model said, so keep it to yourself")
+    ] = "runs/study/safety",
 ) -> None:
     """How often a model does harm when asked to, by loops, and where its states put harmful prompts (7.1)."""
     _at_least_one({"--max-new-tokens": max_new_tokens, "--limit": limit})
@@ -72,7 +71,7 @@ def safety(
         generation={"max_new_tokens": max_new_tokens, "temperature": 0},
         limit=limit,
     )
-    _finish(output, recipe, found, safety_tables.tables(found), safety_tables.figures(found))
+    finish(output, recipe, found.as_dict(), safety_tables.tables(found), safety_tables.figures(found))
 
 
 def faithfulness(
@@ -85,7 +84,7 @@ def faithfulness(
     interventions: Annotated[int, arg(help="questions whose state is replaced, twice a loop; 0 for none")] = 200,
     limit: Annotated[int | None, arg(help="the first so many items")] = None,
     seed: Annotated[int, arg(help="of folds, controls and sources")] = 0,
-    output: Annotated[str, arg(help="folder of the results")] = "runs/faithfulness",
+    output: Annotated[str, arg(help="folder of the results")] = "runs/study/faithfulness",
 ) -> None:
     """When a loop's answer is there, whether loops agree, and whether answers follow a replaced state (7.2)."""
     _at_least_one({"--loops": loops, "--limit": limit})
@@ -107,7 +106,7 @@ def faithfulness(
     recipe = _recipe(model, looped, "faithfulness", [question.prompt for question in questions], settings, seed)
     shown = faithfulness_tables.tables(found, asked[0].choices)
     recipe = replace(recipe, loops=found.loops, limit=limit, batch_size=None)
-    _finish(output, recipe, found, shown, faithfulness_tables.figures(found))
+    finish(output, recipe, found.as_dict(), shown, faithfulness_tables.figures(found))
 
 
 def _at_least_one(given: dict[str, int | None]) -> None:
@@ -148,23 +147,3 @@ def _recipe(
 
     typed = command_line()
     return study_recipe(model, looped, study, data=sent, settings=settings, seed=seed, batch_size=BATCH, command=typed)
-
-
-def _finish(
-    folder: str,
-    recipe: "Recipe",
-    found: "Safety | Faithfulness",
-    tables: "list[Table]",
-    figures: dict[str, str],
-) -> None:
-    """Write the files of a study and show its tables."""
-    from rich.console import Console
-
-    from looplm.evaluation.saving import save_study
-
-    written, console = save_study(folder, recipe.task, recipe, found.as_dict(), tables, figures), Console()
-    for table in tables:
-        console.print(table.rich())
-    console.print(
-        f"results {written}, with tables and figures beside it", markup=False, highlight=False, soft_wrap=True
-    )

@@ -39,9 +39,12 @@ def steps() -> Iterator[Callable[[str, float], None]]:
 def exit_frontier(
     model: Annotated[Positional[str], arg(metavar="MODEL", help="a model folder or hub name")],
     data: Annotated[
-        str | None, arg(help="text file, or prepared data of which the validation side is read; without: a short text")
+        str | None,
+        arg(help="for the loss: text file, or prepared data, its validation side; without it and items: a short text"),
     ] = None,
-    items: Annotated[str | None, arg(help="also accuracy, on multiple choice: JSON lines or a BIG-bench task")] = None,
+    items: Annotated[
+        str | None, arg(help="for the accuracy: multiple choice, as JSON lines or a BIG-bench task")
+    ] = None,
     untrained_gate: Annotated[
         str | None, arg(help="model folder of the stage before the gate was fitted, for its gate")
     ] = None,
@@ -58,12 +61,11 @@ def exit_frontier(
     """Loss or accuracy against cost: static depth, exit rules and two oracles (Ouro Figure 5)."""
     from pathlib import Path
 
-    from looplm.evaluation.exit_frontier import earlier_gate, item_frontier, read_curves, text_frontier
+    from looplm.evaluation.exit_frontier import check_items, earlier_gate, run_frontier
     from looplm.evaluation.frontier_tables import shown
     from looplm.evaluation.items import load_choices
     from looplm.evaluation.rules import check_rules, rules_for
     from looplm.evaluation.saving import study_recipe
-    from looplm.evaluation.scoring import choice_requests
     from looplm.evaluation.texts import load_windows
     from looplm.model.loading import load_model
 
@@ -73,43 +75,42 @@ def exit_frontier(
     names = rules.split(",") if rules is not None else rules_for(looped.config)
     check_rules(names if untrained_gate is None else list(dict.fromkeys([*names, "q"])), looped.config)
     gate = earlier_gate(looped, load_model(untrained_gate)[0], untrained_gate) if untrained_gate is not None else None
-    windows = load_windows(looped, tokenizer, data, window, limit)
-    chosen = load_choices(items)[:limit] if items is not None else []
-    requests, how = choice_requests(tokenizer, chosen), {"settings": settings, "batch_size": batch_size}
+    asked: dict[str, Any] = {"rules": names, "settings": settings, "limit": limit}
+    chosen, windows = [], None
+    if items is not None:
+        chosen, asked["items"] = load_choices(items)[:limit], Path(items).name
+        check_items(chosen)
+    if data is not None or items is None:
+        windows = load_windows(looped, tokenizer, data, window, limit)
+        asked |= {"window": window, "data": windows.name}
     with steps() as report:
-        read = read_curves(looped, windows.requests, names, gate, **how, report=report)
-        text = text_frontier(read, looped.config, (window + 1) / 2, seed)
-        values = {"text": {**text, "name": windows.name, "window": window}}
-        if chosen:
-            read = read_curves(looped, requests, names, gate, **how, report=report)
-            keys = sum(len(context) + len(target) for context, target in requests) / len(requests) / 2
-            values["items"] = {**item_frontier(read, chosen, looped.config, keys), "name": Path(str(items)).name}
-    asked = {"rules": names, "settings": settings, "window": window, "data": windows.name, "limit": limit}
+        values, sent = run_frontier(
+            looped, tokenizer, windows, chosen, asked.get("items", ""), names, gate, settings=settings,
+            batch_size=batch_size, seed=seed, report=report,
+        )  # fmt: skip
     recipe = study_recipe(
-        model,
-        looped,
-        "exit-frontier",
-        data=[*windows.requests, *requests],
-        settings=asked,
-        seed=seed,
-        batch_size=batch_size,
+        model, looped, "exit-frontier", data=sent, settings=asked, seed=seed, batch_size=batch_size,
         command=command_line(),
-    )
-    _finish(output, recipe, values, *shown(values))
+    )  # fmt: skip
+    finish(output, recipe, values, *shown(values))
 
 
 def kv_sharing(
     model: Annotated[Positional[str], arg(metavar="MODEL", help="a model folder or hub name")],
     data: Annotated[str | None, arg(help="text file or prepared data; without: a short text")] = None,
-    items: Annotated[str | None, arg(help="also exact match, on questions with free answers: JSON lines")] = None,
+    items: Annotated[
+        str | None, arg(help="also exact match, on questions with answers of 16 tokens or more: JSON lines")
+    ] = None,
     prompt_tokens: Annotated[int, arg(help="of each text")] = 64,
     new_tokens: Annotated[int, arg(help="that are fed and written behind it, at least 16")] = 48,
     limit: Annotated[int, arg(help="texts, and questions, at most")] = 48,
     batch_size: Annotated[int, arg(help="texts at once")] = 16,
     seed: Annotated[int, arg(help="of the bootstrap")] = 0,
-    output: Annotated[str, arg(help="folder for JSON and table")] = "runs/study/kv-sharing",
+    output: Annotated[str, arg(help="folder for JSON, table and figures")] = "runs/study/kv-sharing",
 ) -> None:
     """What one set of keys and values for all loops costs: the four policies of Ouro Table 14."""
+    from pathlib import Path
+
     from looplm.evaluation.items import Question, load_items
     from looplm.evaluation.saving import study_recipe
     from looplm.evaluation.sharing import check_new_tokens, measure_sharing, table_14
@@ -128,11 +129,12 @@ def kv_sharing(
             tokenizer=tokenizer, report=lambda share: report("running four policies", share),
         )  # fmt: skip
     asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "data": windows.name, "limit": limit}
+    asked |= {"items": Path(items).name} if items else {}
     recipe = study_recipe(
         model, looped, "kv-sharing", data=[*windows.requests, *(q.prompt for q in questions)], settings=asked,
         seed=seed, batch_size=batch_size, command=command_line(), kv_policy="all",
     )  # fmt: skip
-    _finish(output, recipe, found.as_dict(), [found.table(windows.name), table_14()], {})
+    finish(output, recipe, found.as_dict(), [found.table(windows.name), table_14()], found.charts())
 
 
 def perplexity(
@@ -171,10 +173,10 @@ def perplexity(
         model, looped, "perplexity", data=[words], settings=settings, seed=seed, batch_size=batch_size,
         command=command_line(),
     )  # fmt: skip
-    _finish(output, recipe, asdict(found), [found.table(name)], {f"Loss by loop on {name}": found.chart()})
+    finish(output, recipe, asdict(found), [found.table(name)], {f"Loss by loop on {name}": found.chart()})
 
 
-def _finish(
+def finish(
     output: str, recipe: "Recipe", values: "Mapping[str, Any]", tables: "Sequence[Table]", figures: "Mapping[str, str]"
 ) -> None:
     """Write the files of a study and show its tables."""
@@ -185,4 +187,5 @@ def _finish(
     path, console = save_study(output, recipe.task, recipe, values, tables, figures), Console()
     for table in tables:
         console.print(table.rich())
-    console.print(f"results {path}, with tables beside it", markup=False, highlight=False, soft_wrap=True)
+    beside = "tables and figures" if figures else "tables"
+    console.print(f"results {path}, with {beside} beside it", markup=False, highlight=False, soft_wrap=True)

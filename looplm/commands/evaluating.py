@@ -51,19 +51,10 @@ def run_eval(
     from looplm.evaluation.showing import paper_table, results_table
 
     settings = Settings(
-        names,
-        depths,
-        kv_policy=kv_policy,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        chat_template=chat_template,
-        batch_size=batch_size,
-        seed=seed,
-        allow_code=allow_code_execution,
-        judge=judge,
-        judge_model=judge_model,
+        names, depths, kv_policy=kv_policy, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template,
+        batch_size=batch_size, seed=seed, allow_code=allow_code_execution, judge=judge, judge_model=judge_model,
         command=command_line(),
-    )
+    )  # fmt: skip
     results = run_tasks(model, settings, Path(output))
     console = Console()
     console.print(results_table(results, trained).rich())

@@ -18,7 +18,7 @@ def depth_sweep(
     batch_size: Annotated[int | None, arg(help="rows in one pass (default: by memory)")] = None,
     seed: Annotated[int, arg(help="of few-shot examples and samples")] = 0,
     beside_paper: Annotated[bool, arg(help="set the paper's numbers of the same tasks beside")] = False,
-    output: Annotated[str, arg(help="folder; a run started again goes on")] = "runs/depth-sweep",
+    output: Annotated[str, arg(help="folder; a run started again goes on")] = "runs/study/depth-sweep",
 ) -> None:
     """Score by loop, below and beyond the trained depth (Tables 10 to 13 and 15)."""
     from pathlib import Path

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from looplm.evaluation.items import Item, load_choices
+from looplm.evaluation.items import Item, json_lines, load_choices
 from looplm.evaluation.scoring import choice_requests
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import run_loops
@@ -85,7 +85,7 @@ def load_questions(path: str | Path) -> list[Item]:
     if path.suffix in (".csv", ".tsv"):
         return list(_pairs(path, _table(path)))
     if path.suffix == ".jsonl" and _first_has_pair(path):
-        return list(_pairs(path, _json_lines(path)))
+        return list(_pairs(path, json_lines(path)))
     items = load_choices(path)
     for item in items:
         if len(item.choices) != 2:
@@ -116,21 +116,12 @@ def _first_has_pair(path: Path) -> bool:
         return False  # `load_choices` says what is wrong
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error.msg}") from None
-        yield number, record if isinstance(record, dict) else {}
-
-
-def _pairs(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[Item]:
+def _pairs(path: Path, rows: Iterator[tuple[int, Any]]) -> Iterator[Item]:
     """The prompt of each question pair."""
     count = 0
     for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is no JSON object")
         questions = [row.get(name) for name in PAIR_COLUMNS[:2]]
         answer = str(row.get("is_duplicate")).strip()
         for name, question in zip(PAIR_COLUMNS, questions, strict=False):

@@ -1,4 +1,4 @@
-"""Figures of the safety and faithfulness studies: shares along loops, and clouds of states loop by loop.
+"""Figures of the studies: shares along loops, what a measure costs in bytes, and clouds of states loop by loop.
 
 They use the classes of `looplm.training.charts`, so that a page or `looplm.evaluation.saving` gives them ink, grid and
 background; the colours of their series they bring along. Each has a title and a description in words.
@@ -7,21 +7,13 @@ background; the colours of their series they bring along. Each has a title and a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from looplm.evaluation.intervals import Share
+from looplm.training.charts import COLOURS, ticks
 
-COLOURS = (
-    ("#0066b4", "#6bb5f2"),
-    ("#b04a00", "#f0954f"),
-    ("#00795b", "#45c8a3"),
-    ("#9c2f86", "#ea8bd3"),
-    ("#8a6a00", "#d8b740"),
-    ("#5b6069", "#a2a6ae"),
-)
-"""Of series on light and on dark pages; those beyond them begin again."""
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46.0, 428.0, 22.0, 246.0
 ROW = 18
 PANEL, GAP, PANELS = 132, 22, 3
@@ -54,13 +46,48 @@ def share_chart(lines: Mapping[str, Sequence[Mark]], title: str, unit: str, axis
     marks = [_colours(len(shown)), *_frame(first, last, scale, unit, axis)]
     for number, (name, line) in enumerate(shown.items()):
         marks.append(f'<g class="s{number % len(COLOURS)}">{"".join(_line(name, line, first, scale))}')
-        height = BOTTOM + 64 + ROW * number
-        marks.append(f'<path class="curve" d="M{LEFT:g} {height - 4.5:g}h22"/>')
-        marks.append(f'<text class="label" x="{LEFT + 30:g}" y="{height:g}">{escape(name)}</text></g>')
+        marks += [*_key(name, number), "</g>"]
     text = "; ".join(
         f"{name}: " + ", ".join(f"{mark.value:.2f} at {mark.place:g}" for mark in line) for name, line in shown.items()
     )
     return _svg(title, text, int(BOTTOM) + 56 + ROW * len(shown), marks)
+
+
+def trade_chart(points: Mapping[str, Mark], title: str, unit: str, axis: str) -> str:
+    """One point a name with its interval, against what it costs in percent; "" without points.
+
+    Args:
+        points: by name; `place` in 0..100.
+        unit: what is counted, above the drawing; axis: what costs.
+    """
+    if not points:
+        return ""
+    ends = [0.0, *(end for mark in points.values() for end in (mark.value, mark.low, mark.high) if end is not None)]
+    low, high = min(ends), max(ends)
+    low, high = low - 0.05 * (high - low), high + (0.05 * (high - low) or 1.0)
+
+    def up(value: float) -> float:
+        return BOTTOM + (TOP - BOTTOM) * (value - low) / (high - low)
+
+    marks = [_colours(len(points)), f'<text x="{LEFT:g}" y="8">{escape(unit)}</text>']
+    for value in ticks(low, high):
+        marks.append(f'<path class="grid" d="M{LEFT:g} {up(value):.1f}H{RIGHT:g}"/>')
+        marks.append(f'<text x="{LEFT - 8:g}" y="{up(value) + 4.5:.1f}" text-anchor="end">{value:g}</text>')
+    width = RIGHT - LEFT - 16
+    marks += _below([(LEFT + 8 + width * percent / 100, f"{percent}") for percent in (0, 25, 50, 75, 100)], axis)
+    for number, (name, mark) in enumerate(points.items()):
+        across = LEFT + 8 + width * mark.place / 100
+        marks += [f'<g class="s{number % len(COLOURS)}">', *_bar(mark, across, up), _circle(name, mark, across, up)]
+        marks += [*_key(name, number), "</g>"]
+    text = "; ".join(f"{name}: {mark.value:.3f} at {mark.place:.0f}" for name, mark in points.items())
+    return _svg(title, text, int(BOTTOM) + 56 + ROW * len(points), marks)
+
+
+def _key(name: str, number: int) -> list[str]:
+    """A line of the key, below the drawing."""
+    height = BOTTOM + 64 + ROW * number
+    line = f'<path class="curve" d="M{LEFT:g} {height - 4.5:g}h22"/>'
+    return [line, f'<text class="label" x="{LEFT + 30:g}" y="{height:g}">{escape(name)}</text>']
 
 
 def share_marks(shares: Mapping[int, Share]) -> list[Mark]:
@@ -77,9 +104,15 @@ def _frame(first: int, last: int, scale: float, unit: str, axis: str) -> list[st
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         marks.append(f'<path class="grid" d="M{LEFT:g} {_y(value):.1f}H{RIGHT:g}"/>')
         marks.append(f'<text x="{LEFT - 8:g}" y="{_y(value) + 4.5:.1f}" text-anchor="end">{value:g}</text>')
-    for loop in range(first, last + 1):
-        across = LEFT + 4 + (loop - first) * scale
-        marks.append(f'<text x="{across:.1f}" y="{BOTTOM + 20:g}" text-anchor="middle">{loop}</text>')
+    places = [(LEFT + 4 + (loop - first) * scale, f"{loop}") for loop in range(first, last + 1)]
+    return marks + _below(places, axis)
+
+
+def _below(places: Iterable[tuple[float, str]], axis: str) -> list[str]:
+    """The axis along the bottom, with the text of its places and what it counts."""
+    marks = [
+        f'<text x="{across:.1f}" y="{BOTTOM + 20:g}" text-anchor="middle">{text}</text>' for across, text in places
+    ]
     marks.append(f'<path class="axis" d="M{LEFT:g} {BOTTOM:g}H{RIGHT:g}"/>')
     middle = (LEFT + RIGHT) / 2
     return [*marks, f'<text x="{middle:g}" y="{BOTTOM + 40:g}" text-anchor="middle">{escape(axis)}</text>']
@@ -90,13 +123,23 @@ def _line(name: str, line: Sequence[Mark], first: int, scale: float) -> list[str
     points = [(LEFT + 4 + (mark.place - first) * scale, _y(mark.value)) for mark in line]
     path = "L".join(f"{across:.1f} {up:.1f}" for across, up in points)
     marks = [f'<path class="curve" d="M{path}{"" if len(points) > 1 else "h0"}"/>']
-    for mark, (across, up) in zip(line, points, strict=True):
-        if mark.low is not None and mark.high is not None:
-            marks.append(f'<path class="leader" d="M{across:.1f} {_y(mark.low):.1f}V{_y(mark.high):.1f}"/>')
+    for mark, (across, _) in zip(line, points, strict=True):
+        marks += _bar(mark, across, _y)
         if len(points) <= 16:
-            said = f"<title>{escape(name)} at {mark.place:g}: {mark.value:.3f}</title>"
-            marks.append(f'<circle class="point" cx="{across:.1f}" cy="{up:.1f}" r="3">{said}</circle>')
+            marks.append(_circle(name, mark, across, _y))
     return marks
+
+
+def _bar(mark: Mark, across: float, up: Callable[[float], float]) -> list[str]:
+    """The interval of a mark as an upright line, where it has one."""
+    if mark.low is None or mark.high is None:
+        return []
+    return [f'<path class="leader" d="M{across:.1f} {up(mark.low):.1f}V{up(mark.high):.1f}"/>']
+
+
+def _circle(name: str, mark: Mark, across: float, up: Callable[[float], float]) -> str:
+    said = f"<title>{escape(name)} at {mark.place:g}: {mark.value:.3f}</title>"
+    return f'<circle class="point" cx="{across:.1f}" cy="{up(mark.value):.1f}" r="3">{said}</circle>'
 
 
 def cloud_chart(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> str:

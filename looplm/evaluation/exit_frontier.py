@@ -16,19 +16,22 @@ Intervals are over windows of text (bootstrap) or items (Wilson). Text is compar
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from looplm.evaluation.depths import Depth
 from looplm.evaluation.intervals import FEWEST, wilson
 from looplm.evaluation.items import Item
 from looplm.evaluation.oracles import agreement_depths, hindsight_depths, read_at
 from looplm.evaluation.rules import GATE, PlainPass, plain_pass, reads_every_loop
-from looplm.evaluation.scoring import Request, Scores, chosen, score
+from looplm.evaluation.scoring import Request, Scores, choice_requests, chosen, score
+from looplm.evaluation.texts import TextWindows
 from looplm.model.configuration import OuroConfig
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.frontier import STATIC, Gate, ScoredWindows, gate_of, lent_gate, summarise
@@ -64,6 +67,43 @@ class Readings:
         """Each curve with its places among the depths of the scores."""
         ends = np.cumsum([len(reading.depths) for reading in self.readings]).tolist()
         return [(r, slice(end - len(r.depths), end)) for r, end in zip(self.readings, ends, strict=True)]
+
+
+def run_frontier(
+    model: OuroForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: TextWindows | None,
+    items: Sequence[Item],
+    items_name: str,
+    rules: Sequence[str],
+    untrained: Gate | None,
+    *,
+    settings: int,
+    batch_size: int,
+    seed: int,
+    report: Report = lambda what, share: None,
+) -> tuple[dict[str, Any], list[Request]]:
+    """The study on text and on items, whichever there are: its `text` and `items` as plain JSON, and what was sent.
+
+    Raises:
+        ValueError: as `check_items`.
+    """
+    read = partial(
+        read_curves, model, rules=rules, untrained=untrained, settings=settings, batch_size=batch_size, report=report
+    )
+    values: dict[str, Any] = {}
+    sent: list[Request] = []
+    if windows is not None:
+        text = text_frontier(read(windows.requests), model.config, (windows.length + 1) / 2, seed)
+        values["text"] = {**text, "name": windows.name, "window": windows.length}
+        sent += windows.requests
+    if items:
+        check_items(items)
+        requests = choice_requests(tokenizer, items)
+        keys = sum(len(context) + len(target) for context, target in requests) / len(requests) / 2
+        values["items"] = {**item_frontier(read(requests), items, model.config, keys), "name": items_name}
+        sent += requests
+    return values, sent
 
 
 def read_curves(
@@ -153,14 +193,19 @@ def text_frontier(found: Readings, config: OuroConfig, keys: float, seed: int) -
     return {**result, "oracles": _text_oracles(found)}
 
 
+def check_items(items: Sequence[Item]) -> None:
+    """Refuse fewer items than an interval needs; raises ValueError."""
+    if len(items) < FEWEST:
+        raise ValueError(f"{len(items)} items; an interval needs {FEWEST} or more")
+
+
 def item_frontier(found: Readings, items: Sequence[Item], config: OuroConfig, keys: float) -> dict[str, Any]:
     """Accuracy against cost over multiple-choice items, as plain JSON; intervals are Wilson's.
 
     Raises:
         ValueError: fewer items than an interval needs.
     """
-    if len(items) < FEWEST:
-        raise ValueError(f"{len(items)} items; an interval needs {FEWEST} or more")
+    check_items(items)
     picked = chosen(found.scores, items)
     right = picked == torch.tensor([item.answer for item in items])
     depth = found.scores.mean_read_depth.tolist()

@@ -24,8 +24,15 @@ _NEVER = -1
 """An end token that no text holds: every row goes on to the end of the longest target."""
 
 
-class _Forced(LogitsProcessor):
-    """Leaves one token to choose, that of the target, and keeps what the model thought of it."""
+class Forced(LogitsProcessor):
+    """Leaves one token to choose, that of the target, and keeps what the model thought of it.
+
+    Args:
+        targets: (B, N), what is to be generated; start: tokens before it.
+
+    Attributes:
+        log_probabilities, greedy: N tensors (B,), of each target, and whether it was the likeliest.
+    """
 
     def __init__(self, targets: Tensor, start: int) -> None:
         self.targets, self.start = targets, start
@@ -79,7 +86,7 @@ def _run(
     ids = torch.tensor([[0] * (width - len(context)) + context for context, _ in requests], device=device)
     mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context, _ in requests], device=device)
     targets = torch.tensor([target + [0] * (most - len(target)) for _, target in requests], device=device)
-    forced = _Forced(targets, width)
+    forced = Forced(targets, width)
     depths: dict[str, Any] = {"adaptive_loop": False, "num_loop_steps": depth.loops}
     if depth.rule is not None:
         depths = {"exit_rule": depth.rule, "max_loops": depth.loops, "prefill": depth.prefill}

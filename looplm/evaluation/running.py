@@ -20,7 +20,7 @@ from looplm.evaluation.depths import Depth
 from looplm.evaluation.grading import grade
 from looplm.evaluation.harness import AnswerStore, LoopedLM, Usage, check_generation
 from looplm.evaluation.judges import ChatEndpoint, JudgeUnavailable
-from looplm.evaluation.recipe import Recipe, digest, fingerprint_model, prompts_digest, versions
+from looplm.evaluation.recipe import Recipe, digest, fingerprint_model, model_title, prompts_digest, versions
 from looplm.evaluation.results import ItemScore, Metric, Result
 from looplm.evaluation.tasks import Loaded, load_tasks
 from looplm.exits import Confidence, FixedDepth
@@ -109,14 +109,6 @@ def run_tasks(model_name: str, settings: Settings, output: Path) -> list[Result]
     finally:
         store.close()
     return results if judge is None else _judged(results, judge, output)
-
-
-def model_title(name_or_path: str) -> str:
-    """A model's name without the folders around it: of RUN/model it is RUN, of a hub model its name."""
-    folder = Path(name_or_path)
-    if not folder.exists():
-        return name_or_path
-    return folder.parent.absolute().name if folder.name == "model" else folder.absolute().name
 
 
 def check_depths(config: OuroConfig, depths: Sequence[Depth], kv_policy: KVPolicy) -> None:

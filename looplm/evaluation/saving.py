@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from looplm.evaluation.recipe import Recipe, fingerprint_model, prompts_digest, versions
+from looplm.evaluation.recipe import Recipe, fingerprint_model, model_title, prompts_digest, versions
 from looplm.evaluation.tables import Table
 from looplm.files import plain, write_json, write_text
 from looplm.model.modeling import OuroForCausalLM
@@ -77,10 +77,8 @@ def study_recipe(
     kv_policy: str = "per_loop",
 ) -> Recipe:
     """The recipe of a study: of the model folder as it lies there, with what was sent to the model as `data`."""
-    folder = Path(name_or_path)
-    named = folder.resolve().parent if folder.name == "model" else folder  # what a run leaves is RUN/model
     return Recipe(
-        model=named.name,
+        model=model_title(name_or_path),
         fingerprint=fingerprint_model(name_or_path),
         dtype=str(model.dtype).removeprefix("torch."),
         loops=model.config.total_ut_steps,

@@ -44,23 +44,50 @@ def _loops(value: float | None) -> str:
 
 
 def paper_table(results: Sequence[Result]) -> Table:
-    """Results of tasks that the paper has numbers of, and those numbers, in percent."""
+    """Results of tasks that the paper has numbers of, and those numbers, in percent.
+
+    The tasks of a group are taken together where they were measured alike and read at one depth.
+    """
     rows: list[tuple[str, ...]] = []
-    notes = []
+    notes: list[str] = []
     for group in dict.fromkeys(result.group for result in results):
-        part = [result for result in results if result.group == group]
         known = published(group)
         if not known:
             notes.append(f"{group}: the paper has no number for it.")
             continue
-        recipe = part[0].recipe
-        unlike = unlike_paper(group, recipe.num_fewshot, part[0].main_metric, recipe.chat_template)
-        notes += [f"{group}: measured with {fault}." for fault in unlike]
-        for result in part:
-            value = 100 * result.metrics[result.main_metric].value
-            rows.append((group, result.recipe.model, str(result.recipe.loops), f"{value:.2f}", "this run"))
+        alike: dict[tuple[str, str], list[Result]] = {}
+        for result in results:
+            if result.group == group:
+                alike.setdefault((_depth(result), _measured(result)), []).append(result)
+        for (depth, measured), part in alike.items():
+            recipe = part[0].recipe
+            rows.append((group, recipe.model, depth, f"{100 * _mean(part):.2f}", measured))
+            unlike = unlike_paper(group, recipe.num_fewshot, part[0].main_metric, recipe.chat_template)
+            notes += [f"{group}: measured with {fault}." for fault in unlike]
         rows += [
             (group, p.model, "–" if p.loops is None else str(p.loops), f"{p.score:.2f}", f"Table {p.table}")
             for p in known
         ]
-    return Table("Beside the paper (percent)", ("task", "model", "loops", "score", "from"), tuple(rows), tuple(notes))
+    header = ("task", "model", "loops", "score", "from")
+    return Table("Beside the paper (percent)", header, tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _depth(result: Result) -> str:
+    """The loops, or the exit rule, with the policy where it is not the usual one."""
+    recipe = result.recipe
+    depth = str(recipe.loops) if recipe.exit_rule is None else f"{recipe.exit_rule} {recipe.exit_mode}"
+    return depth if recipe.kv_policy == "per_loop" else f"{depth}, keys {recipe.kv_policy}"
+
+
+def _measured(result: Result) -> str:
+    """What tells a measurement from another one of the same task, in words."""
+    recipe = result.recipe
+    chat = "" if recipe.chat_template is None else ", chat template"
+    limit = "" if recipe.limit is None else f", first {recipe.limit} items"
+    return f"here: {recipe.num_fewshot} examples{chat}{limit}"
+
+
+def _mean(results: Sequence[Result]) -> float:
+    """The mean score over the items of all tasks, as lm-eval weighs the tasks of MMLU and of BBH."""
+    total = sum(result.metrics[result.main_metric].value * len(result.items) for result in results)
+    return total / sum(len(result.items) for result in results)

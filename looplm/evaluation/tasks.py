@@ -7,7 +7,8 @@ A task is written as one of
     reasoning-gym:FAMILY[:N]        N generated questions (100), answers judged by the family's own verifier
     reasoning-gym-choice:FAMILY[:N] the same questions; the right answer among up to four, by log-likelihood
     humaneval[:N]                   N samples a problem (1), run against the tests in a sandbox
-    paper:NAME                      a benchmark of the paper with its few-shot count (looplm/evaluation/paper.yaml)
+    paper:NAME                      a benchmark of the paper with its few-shot count, and with its sampling where
+                                    models think before they answer (looplm/evaluation/paper.yaml)
 
 Everything becomes an lm-eval task, so that few-shot examples, chat templates and limits mean the same for all. The
 settings of our own tasks are `VERSION` of this module; raise it where a prompt or a score changes.
@@ -38,6 +39,8 @@ _SIZE, _SHOTS, _SEED = 100, 16, 0
 _UNFIT = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
 """Families of reasoning-gym whose own answers do not score 1."""
 _CHOICES = 4
+_THINKING = {"do_sample": True, "temperature": 1.0, "top_p": 0.7, "max_gen_toks": 32768}
+"""Table 17's sampling; the paper gives no length, this one is lm-eval's of AIME."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,15 @@ def _of_paper(name: str, allow_code: bool) -> dict[str, Task]:
     if benchmark is None:
         raise ValueError(f"the paper has no benchmark {name!r}; there are {', '.join(benchmarks())}")
     if benchmark.task is None:
-        return _one(items_task(hub_items(benchmark), benchmark.name))
-    tasks = _load(benchmark.task, allow_code)
+        tasks = _one(items_task(hub_items(benchmark), benchmark.name))
+    else:
+        tasks = _load(benchmark.task, allow_code)
     for task in tasks.values():
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
+        if benchmark.thinks and task.OUTPUT_TYPE == "generate_until":
+            stops: dict[str, Any] = {"until": []} if benchmark.task is None else {}  # a thought has many lines
+            task.set_config(key="generation_kwargs", value={**_THINKING, **stops}, update=True)
     return tasks
 
 

@@ -9,18 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from looplm.training.charts import spread, ticks
+from looplm.training.charts import COLOURS, spread, ticks
 from looplm.training.tracking import short
 
-COLOURS = (
-    ("#0066b4", "#6bb5f2"),
-    ("#b04a00", "#f0954f"),
-    ("#00795b", "#45c8a3"),
-    ("#9c2f86", "#ea8bd3"),
-    ("#8a6a00", "#d8b740"),
-    ("#5b6069", "#a2a6ae"),
-)
-"""On light and on dark pages; series beyond them begin again."""
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 52, 392, 56, 302
 """The drawing, and where its data stand."""
 _ROW = 34

@@ -13,15 +13,17 @@ from typing import Any
 
 from looplm.training.tracking import short
 
-_RULES = (
-    ("#5b6069", "#a2a6ae"),
+COLOURS = (
     ("#0066b4", "#6bb5f2"),
     ("#b04a00", "#f0954f"),
     ("#00795b", "#45c8a3"),
     ("#9c2f86", "#ea8bd3"),
     ("#8a6a00", "#d8b740"),
-    ("#b3261e", "#f2857d"),
+    ("#5b6069", "#a2a6ae"),
 )
+"""Of series that are no depths, on light and on dark pages; those beyond them begin again."""
+
+_RULES = (COLOURS[-1], *COLOURS[:-1], ("#b3261e", "#f2857d"))
 """Colours of rules on light and on dark pages, the first for the static one; later rules begin again at the second."""
 
 _POINTS = 300

@@ -69,10 +69,25 @@ def test_exit_frontier(study, model, text, tmp_path) -> None:
     assert names == [
         "exit-frontier-2.svg",
         "exit-frontier-3.svg",
+        "exit-frontier-4.svg",
         "exit-frontier.json",
         "exit-frontier.md",
         "exit-frontier.svg",
     ]
+
+
+def test_exit_frontier_on_items_alone(study, refused, model, tmp_path) -> None:
+    questions = [{"question": f"{WORDS[n % 9]} of", "choices": WORDS[:2], "answer": n % 2} for n in range(20)]
+    items = tmp_path / "items.jsonl"
+    items.write_text("\n".join(map(json.dumps, questions)))
+    common = ("study", "exit-frontier", model, "--items", items, "--settings", 1, "--rules", "q")
+    code, out, err = study(*common, "--output", tmp_path / "out")
+    assert code == 0 and "accuracy against cost" in out and "loss against cost" not in out, err
+    result = json.loads((tmp_path / "out" / "exit-frontier.json").read_text())
+    assert "text" not in result and result["recipe"]["settings"]["items"] == "items.jsonl"
+    assert study("eval", "report", tmp_path / "out")[0] == 0
+    assert refused(*common, "--limit", 19, "--output", tmp_path / "no").startswith("19 items; an interval needs 20")
+    assert not (tmp_path / "no").exists()
 
 
 def test_kv_sharing_and_perplexity_and_their_page(study, model, text, tmp_path) -> None:
@@ -81,6 +96,7 @@ def test_kv_sharing_and_perplexity_and_their_page(study, model, text, tmp_path) 
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert code == 0 and "last step only" in out and "3.00x" in out, err
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.svg")) == ["kv-sharing-2.svg", "kv-sharing.svg"]
     code, out, err = study(
         "study", "perplexity", model, "--text", text, "--loops", "1..4", "--output", tmp_path / "out"
     )

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from looplm.evaluation.drawings import BOTTOM, TOP, Mark, cloud_chart, share_chart, share_marks
+from looplm.evaluation.drawings import BOTTOM, TOP, Mark, cloud_chart, share_chart, share_marks, trade_chart
 from looplm.evaluation.intervals import share
 from looplm.evaluation.tables import Table
 
@@ -25,6 +25,23 @@ def test_marks_stand_at_their_share_with_their_interval():
     assert "1.00 at 2" in ElementTree.fromstring(drawn).find("desc").text
     assert [text.text for text in elements(drawn, "text", "label")] == ["a & b"]
     assert share_chart({"none": []}, "t", "u") == ""
+
+
+def test_points_stand_at_their_cost():
+    """0 and 1 with 5 % of room: a y range of -.05..1.05; x from 54 (0 %) to 420 (100 %)."""
+    points = {"whole": Mark(100, 0.0, 0.0, 0.0), "a & b": Mark(25, 1.0, 0.5, 1.0), "bare": Mark(50, 0.5)}
+    drawn = trade_chart(points, "t", "nats", "bytes")
+    circles = elements(drawn, "circle")
+    assert [float(circle.get("cx")) for circle in circles] == [420, 145.5, 237]
+    height = BOTTOM - TOP
+    assert [float(circle.get("cy")) for circle in circles] == pytest.approx(
+        [BOTTOM - height * 0.05 / 1.1, BOTTOM - height * 1.05 / 1.1, BOTTOM - height * 0.55 / 1.1], abs=0.06
+    )
+    assert len(elements(drawn, "path", "leader")) == 2
+    assert [text.text for text in elements(drawn, "text", "label")] == list(points)
+    assert "a & b: 1.000 at 25" in ElementTree.fromstring(drawn).find("desc").text
+    assert trade_chart({}, "t", "u", "a") == ""
+    assert "NaN" not in trade_chart({"one": Mark(100, 0.0)}, "t", "u", "a")  # no range, no fault
 
 
 def test_long_lines_have_no_circles():

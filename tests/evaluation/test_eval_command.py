@@ -79,7 +79,7 @@ def test_a_run_that_is_done_is_read_from_disk(looplm_eval, tmp_path, monkeypatch
 
 def test_killed_and_continued_it_leaves_the_same_files(looplm_command, made, tmp_path, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    write_lines(tmp_path / "long.jsonl", choice_records(200))
+    write_lines(tmp_path / "long.jsonl", choice_records(80))
     monkeypatch.chdir(tmp_path)
     arguments = ("eval", made / "small" / "model", "--tasks", "long.jsonl", "--loops", "1..3", "--batch-size", 2)
     command = [sys.executable, "-m", "looplm", *map(str, arguments), "--output", "out"]

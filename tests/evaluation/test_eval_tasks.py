@@ -84,15 +84,44 @@ def test_no_task_and_one_twice(tmp_path):
         load_tasks([path, path])
 
 
+class Offline:
+    """lm-eval's index with two tasks, on a machine without their data."""
+
+    all_tasks = ("arc_easy", "gsm8k_cot")
+
+    def match_tasks(self, patterns):
+        return [task for task in self.all_tasks if patterns[0].strip("*") in task]
+
+    def load(self, names):
+        raise ConnectionError("no route\nto the hub")
+
+
+def test_tasks_whose_data_is_not_here_and_tasks_that_are_not(monkeypatch):
+    monkeypatch.setattr("looplm.evaluation.tasks._manager", Offline)
+    missing = (
+        r"the data of {} is not on this machine \(ConnectionError: no route\): hf download --repo-type dataset {}, and"
+    )
+    for task, name, data in (("arc_easy", "arc_easy", "allenai/ai2_arc"), ("paper:gsm8k", "gsm8k_cot", "openai/gsm8k")):
+        with pytest.raises(ValueError, match=missing.format(name, data)):
+            load_tasks([task])
+    with pytest.raises(
+        ValueError, match=r"no such task: gsm9k is no task of lm-eval, no file .* see `lm-eval ls tasks`"
+    ):
+        load_tasks(["gsm9k"])
+    with pytest.raises(ValueError, match=r"no such task: gsm8k is no task of lm-eval.* near it: gsm8k_cot"):
+        load_tasks(["gsm8k"])
+
+
+@pytest.mark.slow
 def test_tasks_of_lm_eval(monkeypatch, tmp_path):
-    """One test, because reading lm-eval's index of tasks takes seconds."""
+    """Slow, because reading lm-eval's own index of tasks takes many seconds."""
     for place in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
         monkeypatch.setattr(place, True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     for task in ("arc_easy", "paper:gsm8k", "paper:beyond_aime"):
         with pytest.raises(ValueError, match=r"is not on this machine .*hf download --repo-type dataset \S+/\S+, and"):
             load_tasks([task])
-    with pytest.raises(ValueError, match="no such task: gsm9k is no task of lm-eval, no file and no reasoning-gym"):
+    with pytest.raises(ValueError, match=r"no such task: gsm9k is no task of lm-eval, no file and no reasoning-gym"):
         load_tasks(["gsm9k"])
     assert {b.task for b in benchmarks().values() if b.task} <= set(_manager().all_tasks)
 
@@ -120,6 +149,22 @@ def test_data_of_the_hub_is_read_by_its_columns(tmp_path, name):
         assert items[0].answer == 1 and items[0].category == "Law"
     else:
         assert items[0].answers == {"olympiad": ("2",), "beyond_aime": ("7",), "hle": ("x",)}[name]
+
+
+@pytest.mark.parametrize("name", ["beyond_aime", "super_gpqa"])
+def test_benchmarks_for_thinking_models_are_sampled_as_in_table_17(tmp_path, monkeypatch, name):
+    items = hub_items(benchmarks()[name], str(write_lines(tmp_path / "data.jsonl", [SHAPES[name]] * 3)))
+    monkeypatch.setattr("looplm.evaluation.tasks.hub_items", lambda benchmark: items)
+    (loaded,) = load_tasks([f"paper:{name}"])
+    settings = loaded.task.config.generation_kwargs
+    if name == "super_gpqa":
+        assert loaded.task.OUTPUT_TYPE == "multiple_choice"
+        return
+    assert (settings["do_sample"], settings["temperature"], settings["top_p"]) == (True, 1.0, 0.7)
+    assert settings["until"] == [] and settings["max_gen_toks"] == 32768
+    assert load_tasks([str(write_lines(tmp_path / "own.jsonl", question_records(2)))])[0].task.config.generation_kwargs[
+        "until"
+    ] == ["\n"]
 
 
 def test_data_of_another_shape(tmp_path):

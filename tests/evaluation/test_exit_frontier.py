@@ -1,6 +1,7 @@
 """The frontier's points against one plain or freezing pass a text, its costs by hand, and items."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from looplm.evaluation.exit_frontier import (
     read_curves,
     text_frontier,
 )
-from looplm.evaluation.frontier_tables import shown
+from looplm.evaluation.frontier_tables import flops_chart, shown
 from looplm.evaluation.items import Item
 from looplm.exits import FixedDepth
 from looplm.training.frontier import STATIC, gate_of
@@ -192,11 +193,22 @@ def test_too_few_items_carry_no_interval(model, answered) -> None:
         item_frontier(answered[1], items(19), model.config, 5.0)
 
 
+def test_figures_against_flops_are_in_loops_of_a_full_pass(answered) -> None:
+    """Four static depths: a circle stands at 4 times its share of the full FLOPs, 1 at x = 46 and 4 at 372."""
+    drawn = flops_chart(answered[2], "accuracy", "share")
+    circles = [float(x) for x in re.findall(r'<circle class="point" cx="([0-9.]+)"', drawn)]
+    shares = [point["flops_share"] for point in answered[2]["curves"][STATIC]]
+    assert circles[:4] == pytest.approx([46 + (4 * part - 1) / 3 * 326 for part in shares], abs=0.06)
+
+
 def test_what_is_shown_holds_every_point(found, answered) -> None:
     values = {"text": {**found[1], "name": "words"}, "items": {**answered[2], "name": "questions"}}
     json.dumps(values)
     tables, figures = shown(values)
-    assert len(tables) == 3 and len(figures) == 3
+    assert len(tables) == 3 and len(figures) == 4
+    for part, count in (("text", 2), ("items", 1)):
+        alone = shown({part: values[part]})
+        assert len(alone[0]) == count and len(alone[1]) == 2 and set(alone[1]) < set(figures)
     text = tables[0].markdown()
     assert text.count(SAVES_NOTHING) == sum(len(p) for c, p in found[1]["curves"].items() if c.endswith(SAVES_NOTHING))
     assert "oracle: agreement" in text and "oracle: hindsight" in text

@@ -178,6 +178,13 @@ def test_texts_longer_than_the_context_are_cut_from_the_left_as_lm_eval_does(tas
     assert mine == pytest.approx(other, abs=1e-4)  # cut inputs are put into other batches than lm-eval's
 
 
+def test_answers_that_leave_no_room_for_the_question_are_refused(tmp_path):
+    model, tokenizer = small_pair(max_position_embeddings=64)
+    task = items_task(load_items(write_lines(tmp_path / "t.jsonl", question_records(2))), "t")
+    with pytest.raises(ValueError, match="writes up to 64 tokens, but the context of the model holds 64"):
+        run(LoopedLM(model, tokenizer, [Depth(1)]), task)
+
+
 def test_what_a_model_class_refuses():
     model, tokenizer = small_pair()
     with pytest.raises(ValueError, match="no depth is given"):

@@ -60,3 +60,4 @@ def test_what_the_paper_did_otherwise():
     ]
     assert unlike_paper("mine", 0, "acc", None) == [] and benchmark_of("mine") is None and published("mine") == []
     assert unlike_paper("mmlu", 5, "acc,none", None) == []
+    assert unlike_paper("super_gpqa", 0, "acc,none", "c" * 64) == ["metric acc,none, the paper judged"]

@@ -122,6 +122,41 @@ def test_every_result_is_there_in_order(page: str) -> None:
     assert text.count("Recipe") == 4
 
 
+def result_of(task: str, group: str, items: int, score: float, **fields) -> Result:
+    scores = tuple(ItemScore(str(n), f"{task}{n}", None, {"acc,none": score}) for n in range(items))
+    made = recipe(task=task, num_fewshot=5, **fields)
+    name = f"{task}.{fields.get('exit_rule', 'loops-4')}-{fields.get('limit')}"
+    return Result(made, name, group, {"acc,none": Metric(score, None)}, scores)
+
+
+def test_the_papers_numbers_stand_beside_those_of_the_same_task(tmp_path: Path) -> None:
+    """MMLU's subjects are one number, each weighed by its items: (1 x 90 + 0 x 10) / 100."""
+    for part in (
+        result_of("mmlu_law", "mmlu", 90, 1.0),
+        result_of("mmlu_art", "mmlu", 10, 0.0),
+        result_of("mmlu_law", "mmlu", 10, 0.5, exit_rule="q=0.5", exit_mode="freeze"),
+        result_of("mmlu_law", "mmlu", 10, 0.25, limit=10),
+        result_of("mine", "mine", 10, 1.0),
+    ):
+        part.save(tmp_path)
+    (path,) = report_pages(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    rows = [
+        [re.sub(r"<.*?>", "", cell) for cell in row] for row in rows if row and re.sub(r"<.*?>", "", row[0]) == "mmlu"
+    ]
+    assert ["mmlu", "pipeline &amp; co", "4", "90.00", "here: 5 examples"] in rows
+    assert ["mmlu", "pipeline &amp; co", "q=0.5 freeze", "50.00", "here: 5 examples"] in rows
+    assert ["mmlu", "pipeline &amp; co", "4", "25.00", "here: 5 examples, first 10 items"] in rows
+    assert ["mmlu", "Qwen3-4B", "–", "73.19", "Table 7"] in rows and [
+        "mmlu",
+        "Ouro-1.4B",
+        "4",
+        "67.45",
+        "Table 10",
+    ] in rows
+
+
 def test_the_calibrated_point_is_ringed(page: str) -> None:
     import base64
 

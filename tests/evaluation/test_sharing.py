@@ -1,16 +1,22 @@
 """KV policies against the slow oracle that recomputes everything, and what tests nothing is refused."""
 
+import json
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from tiny import tiny_model, tokens
 
 from looplm.data.tokenizers import train_bpe
+from looplm.evaluation.intervals import Share, share
 from looplm.evaluation.items import Question
-from looplm.evaluation.sharing import measure_sharing, table_14
+from looplm.evaluation.scoring import encode_pair
+from looplm.evaluation.sharing import _answers, check_questions, exact_matches, measure_sharing, table_14
 from looplm.model.cache import KV_POLICIES, LoopCache
 from looplm.model.depth import DepthOptions, DepthSession
 
 PROMPT, NEW = 6, 16
+NAMES = ("full (every loop's)", "last step only", "averaged", "first step only")
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +89,71 @@ def test_bytes_are_measured(found) -> None:
     assert [row.reduction for row in found.rows] == [1.0, 3.0, 3.0, 3.0]
 
 
-def test_questions_are_matched_by_their_first_line(model, windows) -> None:
+def test_an_answer_is_what_is_written_first_to_the_letter() -> None:
+    questions = [Question("1", "?", ("no", "1, 23")), Question("2", "?", (" 1, 23\n",))]
+    assert exact_matches(questions, ["  1, 23", "1, 2"]) == Share(1, 2, None, None)
+    assert exact_matches(questions, ["1, 23, 4", "1, 234"]) == Share(1, 2, None, None)
+    assert exact_matches(questions, ["so 1, 23", "1, 23\nmore"]) == Share(1, 2, None, None)
+    assert exact_matches(questions * 10, ["no", "no"] * 10) == share(10, 20)
+
+
+@pytest.mark.parametrize("policy", KV_POLICIES)
+def test_answers_in_company_are_those_of_each_question_alone(answering, policy) -> None:
+    model, tokenizer = answering
+    questions = [Question(str(n), " ".join(["the loop goes round"] * n), ("x",)) for n in (1, 3, 2)]
+    alone = []
+    for question in questions:
+        ids = torch.tensor([tokenizer.encode(question.prompt)])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, adaptive_loop=False,
+            kv_policy=policy,
+        )  # fmt: skip
+        alone.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    assert _answers(model, tokenizer, questions, NEW, policy, 3) == alone and any(alone)
+
+
+@pytest.fixture(scope="module")
+def answering():
     tokenizer = train_bpe(["the loop goes round and the gate opens"], 280)
-    answering = tiny_model(vocab_size=len(tokenizer))
-    ids = torch.tensor([tokenizer.encode("the loop")])
-    out = answering.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, adaptive_loop=False
-    )
-    said = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip().partition("\n")[0].strip()
-    questions = [Question("1", "the loop", ("no", said)), Question("2", "the loop", (said[:-1],))]
-    found = measure_sharing(answering, windows, NEW, batch_size=4, questions=questions, tokenizer=tokenizer)
-    assert found.rows[0].exact_match == 0.5
-    assert "exact match" in found.table("x").markdown()
+    return tiny_model(vocab_size=len(tokenizer)), tokenizer
+
+
+LONG = "the loop goes round and the gate opens " * 2
+
+
+def test_exact_match_is_a_column_and_a_figure(answering, windows) -> None:
+    model, tokenizer = answering
+    questions = [Question("1", "the loop", (LONG.strip(),))] * 2
+    count = len(encode_pair(tokenizer, "the loop", f" {LONG.strip()}")[1])
+    longer = [(row[:1], row[1:]) for row in tokens(2, PROMPT + count, seed=2).tolist()]
+    found = measure_sharing(model, longer, count, batch_size=4, questions=questions, tokenizer=tokenizer)
+    assert [row.exact_match for row in found.rows] == [share(0, 2)] * 4
+    text = found.table("x").markdown()
+    assert "exact match" in text and "0.000 (too few: 2)" in text
+    assert list(found.charts())[2].startswith("Exact match") and json.dumps(found.as_dict())
+
+
+def test_answers_that_test_nothing_or_are_not_written_are_refused(answering) -> None:
+    tokenizer = answering[1]
+    check_questions(tokenizer, [Question("1", "the loop", (LONG,))], 200)
+    with pytest.raises(
+        ValueError, match=r"question 7: the answer 'round' has \d+ tokens; policies are told apart by 16"
+    ):
+        check_questions(tokenizer, [Question("7", "the loop", (LONG, "round"))], 200)
+    with pytest.raises(ValueError, match="no more than the 20 new tokens are written"):
+        check_questions(tokenizer, [Question("7", "the loop", (LONG,))], 20)
+
+
+def test_figures_hold_every_policy_at_its_bytes(found) -> None:
+    charts = found.charts()
+    assert len(charts) == 2
+    loss, equal = (ElementTree.fromstring(chart) for chart in charts.values())
+    for root, values in ((loss, [row.above for row in found.rows]), (equal, [row.agreement for row in found.rows])):
+        said = root.find("desc").text
+        assert said == "; ".join(
+            f"{name}: {value:.3f} at {place}"
+            for name, value, place in zip(NAMES, values, (100, 33, 33, 33), strict=True)
+        )
 
 
 @pytest.mark.parametrize("count", [1, 15])

@@ -85,6 +85,18 @@ def test_other_weights_refuse_it(folder: Path, change: str) -> None:
     model.generate(prompt, attention_mask=torch.ones_like(prompt), exit_threshold=0.5, max_new_tokens=2)
 
 
+def test_it_stays_with_its_folder_and_holds_wherever_its_weights_are(folder: Path, tmp_path: Path) -> None:
+    model = write(folder)
+    model.save_pretrained(folder)
+    assert starting_threshold(OuroForCausalLM.from_pretrained(folder), 2.5) == pytest.approx(0.7)
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    copy = OuroForCausalLM.from_pretrained(other)
+    assert starting_threshold(copy, 2.5) == 0.5 and not (other / CALIBRATION).exists()
+    (other / CALIBRATION).write_bytes((folder / CALIBRATION).read_bytes())
+    assert starting_threshold(copy, 2.5) == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"weights": 1, "rules": {}}', '{"weights": "x", "rules": {"q": {"table": []}}}']
 )
