@@ -48,7 +48,9 @@ def sft(
 
 
 def merge(
-    adapter: Annotated[Positional[str], arg(help="an adapter folder, as `looplm sft` or PEFT saved it")],
+    adapter: Annotated[
+        Positional[str], arg(metavar="ADAPTER", help="an adapter folder, as `looplm sft` or PEFT saved it")
+    ],
     output: Annotated[str, arg(help="folder for the merged model")],
     model: Annotated[str | None, arg(help="the model it was trained on; without: the one the adapter names")] = None,
 ) -> None:

@@ -118,7 +118,7 @@ class Runs:
     def run(self, moment: Moment | None = None, *more: str) -> tuple[int | None, str]:
         """Until the process ends; its exit code (minus the signal) and what it said."""
         child = self.begin(moment, *more)
-        child.join(120)
+        child.join(400)
         return child.exitcode, self.log.read_text()
 
     def records(self) -> list[dict[str, Any]]:
