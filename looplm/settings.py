@@ -6,8 +6,10 @@ that names the key, the value and what is accepted.
 
 import difflib
 import types
+from pathlib import Path
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -37,6 +39,24 @@ class Section(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError(f"{name}: {_first_fault(cls, error)}") from None
+
+    @classmethod
+    def read(cls, path: str | Path, example: str) -> Self:
+        """This section from a recipe file.
+
+        Args:
+            example: a shipped recipe of this kind, named where there is no such file.
+
+        Raises:
+            ValueError: no such file, not YAML, or a fault in it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no such recipe: {path}; see recipes/{example} for an example")
+        try:
+            return cls.validated(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _first_fault(section: type[Section], error: ValidationError) -> str:

@@ -260,10 +260,4 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         ValueError: no such file, not YAML, or a fault in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such recipe: {path}; see recipes/demo.yaml for an example")
-    try:
-        return Recipe.validated(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return Recipe.read(path, example="demo.yaml")
