@@ -92,11 +92,10 @@ def step(
     layer, state = weights.layer, hidden[:, 0]
     attention, eps = layer.self_attn, layer.input_layernorm.variance_epsilon
     mixed = _attend(weights, attention.head_dim, _norm(state, weights.before_attention, eps), rotary, mask, memory)
-    mixed = product(mixed, weights.out)
-    state = state + (mixed if weights.after_attention is None else _norm(mixed, weights.after_attention, eps))
+    state = _add(state, product(mixed, weights.out), weights.after_attention, eps)
     gate, up = _columns(weights.gate_up, _norm(state, weights.before_mlp, eps).t()).chunk(2)
     mixed = _columns(weights.down, layer.mlp.act(gate).mul_(up)).t().contiguous()
-    return (state + (mixed if weights.after_mlp is None else _norm(mixed, weights.after_mlp, eps)))[:, None]
+    return _add(state, mixed, weights.after_mlp, eps)[:, None]
 
 
 def _attend(
@@ -113,8 +112,7 @@ def _attend(
     projected = product(x, weights.qkv)
     heads = projected[:, :turned].view(rows, -1, 1, head_dim)
     cos, sin = rotary
-    half = head_dim // 2
-    heads = heads * cos + torch.cat((heads[..., half:], heads[..., :half]), dim=-1) * sin
+    heads = torch.addcmul(heads * cos, heads.roll(head_dim // 2, -1), sin)
     query, key = heads.split_with_sizes((queries // head_dim, (turned - queries) // head_dim), dim=1)
     value = projected[:, turned:].view(rows, -1, 1, head_dim)
     if memory is not None:
@@ -130,10 +128,20 @@ def _columns(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of (R, D) as `OuroRMSNorm`, whose composite takes half again as many calls."""
-    wide = x.to(wide_dtype(x.dtype))
+    """RMSNorm of (R, D) as `OuroRMSNorm`, whose composite takes twice as many calls."""
+    return _unit(x, eps).mul_(weight)
+
+
+def _add(state: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """What a block adds to the residual stream, (R, D): itself, or its norm where the layer has sandwich norms."""
+    return state + x if weight is None else torch.addcmul(state, _unit(x, eps), weight)
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    """(R, D) over its root mean square, which is taken wide and rounded once, at the end."""
+    wide = wide_dtype(x.dtype)
     if x.shape[0] == 1:
-        flat = wide[0]
-        return (wide * (cast(float, torch.dot(flat, flat).item()) / flat.shape[0] + eps) ** -0.5).to(x.dtype) * weight
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype) * weight
+        norm = cast(float, torch.linalg.vector_norm(x, dtype=wide).item())
+        return x * (norm * norm / x.shape[1] + eps) ** -0.5
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return (x * norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
