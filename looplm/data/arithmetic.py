@@ -1,7 +1,9 @@
-"""Conversations about small sums: the chat data of the miniature pipeline (`location: arithmetic`).
+"""Conversations about small sums: `location: arithmetic`, the chat data of the miniature pipeline, and `running-sums`.
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
-that they teach a format and a little arithmetic, not conversation. The file that is shipped is what this writes:
+that they teach a format and a little arithmetic, not conversation. A running sum is a problem whose answer is reached
+in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "8+5-4+9" is answered
+"13 9 18". The files that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
@@ -12,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE = Path(__file__).with_name("arithmetic.jsonl")
+RUNNING = Path(__file__).with_name("running_sums.jsonl")
 CONVERSATIONS = 800
+RUNNING_SUMS = 5000
+LARGEST = 99
+"""No running sum is larger, or below 0."""
 
 
 def conversations(count: int = CONVERSATIONS) -> Iterator[list[dict[str, str]]]:
@@ -46,10 +52,34 @@ def _larger(draw: random.Random) -> tuple[str, str]:
     return f"Which is larger, {a} or {b}?", f"{max(a, b)} is larger than {min(a, b)}."
 
 
+def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """Different conversations of one running sum of three to six numbers up to 29, and what it comes to."""
+    draw, seen = random.Random(2027), set[str]()
+    while len(seen) < count:
+        total = draw.randint(1, 29)
+        question, steps = str(total), []
+        for _ in range(draw.randint(2, 5)):
+            number = draw.randint(1, 29)
+            sign = draw.choice([s for s in (1, -1) if 0 <= total + s * number <= LARGEST])
+            total += sign * number
+            question += f"{'+' if sign > 0 else '-'}{number}"
+            steps.append(str(total))
+        if question not in seen:
+            seen.add(question)
+            answer = {"role": "assistant", "content": " ".join(steps)}
+            yield [{"role": "user", "content": question}, answer], steps[-1]
+
+
 def text() -> str:
     """The content of the shipped file: one JSON object with `messages` a line."""
     return "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations())
 
 
+def running_text() -> str:
+    """The content of the other file: `messages`, and the last sum as `answer`."""
+    return "".join(json.dumps({"messages": m, "answer": answer}) + "\n" for m, answer in running_sums())
+
+
 if __name__ == "__main__":
     FILE.write_text(text(), encoding="utf-8")
+    RUNNING.write_text(running_text(), encoding="utf-8")

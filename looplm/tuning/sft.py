@@ -8,7 +8,6 @@ and the place in the data.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
@@ -29,13 +27,14 @@ from looplm.model.saving import Provenance, write_model
 from looplm.objectives.token_losses import IGNORED
 from looplm.training.acceleration import choose_autocast
 from looplm.training.frontier import Gate, gate_of
-from looplm.training.resume import RunLock, Stopped, StopSignal, differences
+from looplm.training.resume import RunLock, Stopped, StopSignal
 from looplm.training.tracking import MetricsLog, Progress
 from looplm.tuning.conversations import Conversations, collate, marked_template, prepare_conversations, windows
 from looplm.tuning.lora import adapter_config, save_adapter, save_gate, weights_digest
 from looplm.tuning.recalibration import Recalibration, check_gate, measure_rows, recalibrate
 from looplm.tuning.recipe import SFTRecipe
-from looplm.tuning.trainer import MARK, LoopSFTTrainer, Reporter, last_checkpoint, training_arguments
+from looplm.tuning.resuming import Keeper, check_folder, resume_point
+from looplm.tuning.trainer import LoopSFTTrainer, Reporter, training_arguments
 
 BEYOND = 2
 """Loops beyond the trained depth that are measured too."""
@@ -87,7 +86,7 @@ def tune(recipe: SFTRecipe) -> dict[str, Any]:
     """
     folder = Path(recipe.output)
     with RunLock(folder) as lock, StopSignal() as stop:
-        _check_folder(recipe, folder)
+        check_folder(recipe, folder)
         if (folder / "report.json").is_file():
             found: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
             return found
@@ -101,21 +100,6 @@ def tune(recipe: SFTRecipe) -> dict[str, Any]:
             steps = _train(work, data, log, stop)
             gate = _recalibrate(work, data, log) if recipe.recalibrate_gate else None
         return _finish(work, data, before, steps, gate)
-
-
-def _check_folder(recipe: SFTRecipe, folder: Path) -> None:
-    """Refuse a folder in which another recipe was begun."""
-    saved = folder / "recipe.yaml"
-    if not saved.is_file():
-        return
-    before = yaml.safe_load(saved.read_text("utf-8"))
-    now = recipe.model_dump(mode="json")
-    if not isinstance(before, dict) or (changed := differences({**before, "output": recipe.output}, now)):
-        what = "; ".join(changed) if isinstance(before, dict) else "its recipe.yaml is no recipe"
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({what}): "
-            "go back to that recipe, or choose another output folder (--output)"
-        )
 
 
 def _begin(recipe: SFTRecipe, folder: Path) -> Work:
@@ -174,17 +158,7 @@ def _before(work: Work, data: Conversations) -> TextMeasurement:
 def _train(work: Work, data: Conversations, log: MetricsLog, stop: StopSignal) -> int:
     """Tune the model of `work` from the last whole checkpoint on; an adapter is saved and merged. The steps in all."""
     recipe, checkpoints = work.recipe, work.folder / "checkpoints"
-    for path in checkpoints.glob("checkpoint-*"):
-        if not (path / MARK).is_file():
-            shutil.rmtree(path)  # a save that was interrupted
-    found = last_checkpoint(checkpoints)
-    kept = 0 if found is None else found[1]
-    if log.position() < kept:
-        raise ValueError(
-            f"{log.path} has {log.position()} bytes, but had {kept} at the last checkpoint: "
-            "put it back, or choose another output folder (--output)"
-        )
-    log.cut(kept)
+    found = resume_point(checkpoints, log)
     with Progress(1.0, "tuning") as bar:
         trainer = LoopSFTTrainer(
             work.model,
@@ -192,15 +166,15 @@ def _train(work: Work, data: Conversations, log: MetricsLog, stop: StopSignal) -
             data_collator=collate,
             train_dataset=data.train,
             processing_class=work.tokenizer,
-            callbacks=[Reporter(log, bar, stop)],
+            callbacks=[Reporter(log, bar), Keeper(log, stop)],
             peft_config=work.adapter,
             objective=recipe.objective,
             exit_beta=recipe.exit_beta,
         )
         trainer.remove_callback(PrinterCallback)
         if found is not None:
-            bar.note(f"going on from step {found[0].name.removeprefix('checkpoint-')}")
-        trainer.go_on(None if found is None else found[0])
+            bar.note(f"going on from step {found.name.removeprefix('checkpoint-')}")
+        trainer.go_on(found)
     steps = trainer.state.global_step
     if steps < trainer.state.max_steps:
         raise Stopped(f"stopped and saved at step {steps}; start the same command again to go on")

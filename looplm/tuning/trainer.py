@@ -2,30 +2,24 @@
 
 TRL and transformers bring the loop over the data, accumulation, schedule, adapters and checkpoints. What differs: the
 loss is the model's (`OuroForCausalLM.forward`), every step is recorded with the loss of every loop and the mean depth,
-a loss that is not finite ends the run, and a checkpoint counts only when it is whole (`MARK`).
+and a loss that is not finite ends the run.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from looplm.files import write_json
 from looplm.objectives.expected_loss import Objective
 from looplm.objectives.token_losses import IGNORED
-from looplm.training.resume import StopSignal
 from looplm.training.tracking import MetricsLog, Progress
 from looplm.tuning.recipe import SFTRecipe
+from looplm.tuning.resuming import Resumable
 
-MARK = "whole.json"
-"""Written into a checkpoint when all else of it is; holds how long metrics.jsonl was."""
-
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "none": "constant_with_warmup"}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "none": "constant_with_warmup"}
 
 
 def training_arguments(recipe: SFTRecipe, folder: Path, bf16: bool) -> SFTConfig:
@@ -38,7 +32,7 @@ def training_arguments(recipe: SFTRecipe, folder: Path, bf16: bool) -> SFTConfig
         gradient_accumulation_steps=recipe.batch_rows // recipe.micro_batch_size,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type=_SCHEDULES[recipe.decay],
+        lr_scheduler_type=SCHEDULES[recipe.decay],
         optim="adamw_torch",
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
@@ -60,7 +54,7 @@ def training_arguments(recipe: SFTRecipe, folder: Path, bf16: bool) -> SFTConfig
     )
 
 
-class LoopSFTTrainer(SFTTrainer):
+class LoopSFTTrainer(Resumable, SFTTrainer):
     """`SFTTrainer` on rows that are encoded and collated already (`looplm.tuning.conversations`).
 
     Args:
@@ -72,22 +66,6 @@ class LoopSFTTrainer(SFTTrainer):
         self.exit_beta: float | None = exit_beta
         self._sums: Tensor | None = None
         super().__init__(*args, **options)
-
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint on where one is given.
-
-        One of the last step has its weights taken and nothing more: `train` would do another step.
-        """
-        if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
-                return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """None beside checkpoints: the model folder gets a card of its own."""
 
     def compute_loss(
         self,
@@ -134,10 +112,10 @@ class LoopSFTTrainer(SFTTrainer):
 
 
 class Reporter(TrainerCallback):
-    """Shows and writes every step, marks whole checkpoints, and stops where that was asked for."""
+    """Shows and writes every step."""
 
-    def __init__(self, log: MetricsLog, bar: Progress, stop: StopSignal) -> None:
-        self.metrics, self.bar, self.stop, self.tokens = log, bar, stop, 0
+    def __init__(self, log: MetricsLog, bar: Progress) -> None:
+        self.metrics, self.bar, self.tokens = log, bar, 0
 
     def on_log(
         self,
@@ -153,26 +131,3 @@ class Reporter(TrainerCallback):
         self.tokens += logs["target_tokens"]
         self.metrics.write({"step": state.global_step, **logs})
         self.bar.update(state.global_step / state.max_steps, self.tokens, logs["losses"][-1], logs["expected_depth"])
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """A checkpoint is written."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_json(folder / MARK, {"metrics": self.metrics.position()})
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Save and stop after this step, where that was asked for."""
-        if self.stop.requested:
-            control.should_save = control.should_training_stop = True
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint below `folder` and the length that metrics.jsonl had then; None where there is none.
-
-    The optimizer's and the random numbers' states in it are files of torch, which transformers reads with
-    `weights_only=True`: no code in them is run. They are the run's own; weights are safetensors.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if (path / MARK).is_file()]
-    if not found:
-        return None
-    newest = max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return newest, json.loads((newest / MARK).read_text("utf-8"))["metrics"]

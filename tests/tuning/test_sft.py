@@ -19,7 +19,7 @@ from looplm.objectives.token_losses import IGNORED
 from looplm.tuning.conversations import prepare_conversations, windows
 from looplm.tuning.recalibration import measure_rows
 from looplm.tuning.sft import tune
-from looplm.tuning.trainer import MARK
+from looplm.tuning.resuming import MARK
 
 CONTEXT.set_forkserver_preload(["looplm.cli", "looplm.training.run", "looplm.training.report", "looplm.tuning.sft"])
 
