@@ -41,15 +41,17 @@ Document = str | Conversation
 """Plain text, or a conversation."""
 
 
-def check_conversation(value: Any, where: str) -> Conversation:
+def check_conversation(value: Any, where: str, answered: bool = True) -> Conversation:
     """The messages of one record, checked.
 
     Args:
         value: what the record holds: a list of mappings with `role` and `content`; other keys are dropped.
         where: what an error begins with, e.g. the file and line.
+        answered: whether a turn of the assistant must be among them.
 
     Raises:
-        ValueError: not such a list, an unknown role, content that is not text, or no turn of the assistant.
+        ValueError: not such a list, an unknown role, content that is not text, or no turn of the
+            assistant where one is needed.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"{where}: not a list of messages; write [{{role: user, content: ...}}, ...]")
@@ -59,7 +61,7 @@ def check_conversation(value: Any, where: str) -> Conversation:
         if not isinstance(message.get("content"), str):
             found = f"a {type(message['content']).__name__}" if "content" in message else "missing"
             raise ValueError(f"{where}, message {number}: content is {found}; it must be text")
-    if all(message["role"] != ASSISTANT for message in value):
+    if answered and all(message["role"] != ASSISTANT for message in value):
         raise ValueError(f"{where}: no message of the assistant, so nothing to learn; leave the record out")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 

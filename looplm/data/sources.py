@@ -7,12 +7,12 @@ are data sets of the hub, whose rows are streamed.
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from looplm.data.chat import Document, check_conversation
 from looplm.data.settings import HUB_PREFIX, SourceSettings
@@ -28,6 +28,14 @@ _TEXT_PACKAGES = {
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 _ROWS = 256
 """Rows of a parquet file read at a time."""
+
+
+class Record(NamedTuple):
+    """A record with fields: what it holds, where it is, and how much of its file (hub: how many rows) ends with it."""
+
+    fields: dict[str, Any]
+    where: str
+    part: float
 
 
 @dataclass(frozen=True)
@@ -60,22 +68,43 @@ class Source:
             ValueError: a file or record that cannot be read.
             OSError: the disk failed.
         """
-        records = self._row_records() if self.settings.is_hub else self._file_records()
-        written = ((document, done) for document, done in records if not isinstance(document, str) or document.strip())
+        read = ((_document(row, self.settings), row.part) for row in self._rows())
+        documents = read if self.settings.is_hub else self._file_documents()
+        written = ((each, done) for each, done in documents if not isinstance(each, str) or each.strip())
         return islice(written, self.settings.limit)
 
-    def _file_records(self) -> Iterator[tuple[Document, float]]:
-        before = 0
+    def records(self) -> Iterator[Record]:
+        """Every record with all of its fields.
+
+        Raises:
+            ValueError: a file of plain text, which has no records, or one that cannot be read.
+            OSError: the disk failed.
+        """
+        plain = next((path for path in self.files if path.suffix not in _READERS), None)
+        if plain is not None:
+            raise ValueError(f"{plain} is plain text; records with fields are needed (.jsonl or .parquet)")
+        rows = (
+            self._rows()
+            if self.settings.is_hub
+            else (row for path in self.files for row in _READERS[path.suffix](path))
+        )
+        return islice(rows, self.settings.limit)
+
+    def _file_documents(self) -> Iterator[tuple[Document, float]]:
+        before, field = 0, self.settings.messages_field or self.settings.text_field
         for path in self.files:
             size = path.stat().st_size
-            for document, part in _READERS.get(path.suffix, _read_text)(path, self.settings):
-                yield document, before + part * size
+            if path.suffix in _READERS:
+                for row in _READERS[path.suffix](path, field):
+                    yield _document(row, self.settings), before + row.part * size
+            else:
+                yield _read_text(path, self.settings), before + size
             before += size
 
-    def _row_records(self) -> Iterator[tuple[Document, float]]:
+    def _rows(self) -> Iterator[Record]:
         name = self.settings.location.removeprefix(HUB_PREFIX)
         for number, row in enumerate(_stream(name, self.settings), start=1):
-            yield _document(row, self.settings, f"data set {name}, row {number}"), number
+            yield Record(row, f"data set {name}, row {number}", number)
 
 
 def open_source(name: str, settings: SourceSettings) -> Source:
@@ -149,13 +178,13 @@ def _files(location: str, pattern: str | None) -> tuple[Path, list[Path]]:
     return path.parent, [path]
 
 
-def _read_text(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+def _read_text(path: Path, settings: SourceSettings) -> str:
     if settings.messages_field is not None:
         raise ValueError(f"{path} is plain text; messages_field needs records (.jsonl or .parquet)")
-    yield _decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n"), 1.0
+    return _decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_jsonl(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+def _read_jsonl(path: Path, field: str | None = None) -> Iterator[Record]:
     offset, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -163,28 +192,29 @@ def _read_jsonl(path: Path, settings: SourceSettings) -> Iterator[tuple[Document
             offset += len(line)
             if text.strip():
                 where = f"{path}, line {number}"
-                yield _document(_json_object(text, where), settings, where), offset / size
+                yield Record(_json_object(text, where), where, offset / size)
 
 
-def _read_parquet(path: Path, settings: SourceSettings) -> Iterator[tuple[Document, float]]:
+def _read_parquet(path: Path, field: str | None = None) -> Iterator[Record]:
+    """Rows with one field, or with all."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            field, names = settings.messages_field or settings.text_field, file.schema_arrow.names
-            if field not in names:
-                raise ValueError(f"{path}: no field {field!r}; fields are {_names(names)}")
-            number = 0
-            for batch in file.iter_batches(_ROWS, columns=[field]):
+            names, number = file.schema_arrow.names, 0
+            if field is not None and field not in names:
+                raise ValueError(f"{path}: no field {field!r}; fields are {names_of(names)}")
+            for batch in file.iter_batches(_ROWS, columns=None if field is None else [field]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _document(row, settings, f"{path}, row {number}"), number / file.metadata.num_rows
+                    yield Record(row, f"{path}, row {number}", number / file.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[..., Iterator[Record]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+"""Files of records."""
 
 
 def _decode(data: bytes, path: Path, start: int = 0) -> str:
@@ -209,20 +239,21 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _document(record: Mapping[str, Any], settings: SourceSettings, where: str) -> Document:
+def _document(record: Record, settings: SourceSettings) -> Document:
     """The text or the conversation of one record."""
-    field = settings.messages_field or settings.text_field
-    if field not in record:
-        raise ValueError(f"{where}: no field {field!r}; fields are {_names(record)}")
+    field, where = settings.messages_field or settings.text_field, record.where
+    if field not in record.fields:
+        raise ValueError(f"{where}: no field {field!r}; fields are {names_of(record.fields)}")
     if settings.messages_field is None:
-        return _text(record[field], f"{where}, field {field!r}")
-    conversation = check_conversation(record[field], f"{where}, field {field!r}")
+        return check_text(record.fields[field], f"{where}, field {field!r}")
+    conversation = check_conversation(record.fields[field], f"{where}, field {field!r}")
     for message in conversation:
-        _text(message["content"], f"{where}, field {field!r}")
+        check_text(message["content"], f"{where}, field {field!r}")
     return conversation
 
 
-def _text(value: Any, where: str) -> str:
+def check_text(value: Any, where: str) -> str:
+    """The text of a field. Raises ValueError, which begins with `where`, if it is none."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: a {type(value).__name__} instead of text; name the field that holds the text")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -230,5 +261,6 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _names(names: Any) -> str:
+def names_of(names: Iterable[Any]) -> str:
+    """Field names in order, for an error."""
     return ", ".join(sorted(map(str, names))) or "none"

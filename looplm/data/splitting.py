@@ -47,6 +47,11 @@ def hold_out(documents: Iterable[Document], every: int) -> Iterator[tuple[Docume
         yield document, held_out if len(sides) == 2 else sides == {False}
 
 
+def content_number(document: Document) -> int:
+    """The number that a document's content determines, 64 bits of BLAKE2; it is held out where `every` divides it."""
+    return int.from_bytes(hashlib.blake2b(document_text(document).encode(), digest_size=8).digest(), "big")
+
+
 def training_texts(
     sources: Mapping[str, SourceSettings], every: int, characters: int = TOKENIZER_CHARACTERS
 ) -> Iterator[str]:
@@ -99,11 +104,10 @@ def split_source(
 
 
 def _unique(documents: Iterable[Document]) -> Iterator[tuple[Document, int]]:
-    """Documents without exact repetitions, each with a number that its content determines (64 bits of BLAKE2)."""
+    """Documents without exact repetitions, each with its `content_number`."""
     seen: set[int] = set()
     for document in documents:
-        digest = hashlib.blake2b(document_text(document).encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "big")
+        number = content_number(document)
         if number not in seen:
             seen.add(number)
             yield document, number

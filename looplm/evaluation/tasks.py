@@ -14,9 +14,7 @@ Everything becomes an lm-eval task, so that few-shot examples, chat templates an
 settings of our own tasks are `VERSION` of this module; raise it where a prompt or a score changes.
 """
 
-import importlib.util
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,6 +26,8 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from looplm.data.gym import open_family
+from looplm.data.stated import normal
 from looplm.evaluation.humaneval import humaneval_task
 from looplm.evaluation.items import Item, Question, items_of, load_items
 from looplm.evaluation.paper import HUB_DATA, Benchmark, benchmarks
@@ -36,8 +36,6 @@ from looplm.model.loading import first_line
 VERSION = 1
 _SIZE, _SHOTS, _SEED = 100, 16, 0
 """Questions of a reasoning-gym family, those beside them for few-shot prompts, and the seed of both."""
-_UNFIT = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
-"""Families of reasoning-gym whose own answers do not score 1."""
 _CHOICES = 4
 _THINKING = {"do_sample": True, "temperature": 1.0, "top_p": 0.7, "max_gen_toks": 32768}
 """Table 17's sampling; the paper gives no length, this one is lm-eval's of AIME."""
@@ -208,11 +206,6 @@ def _exact_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, fl
     return {"exact_match": float(any(said == normal(answer) for answer in doc["answers"]))}
 
 
-def normal(text: str) -> str:
-    """A free answer without what does not matter: case, runs of white space, a full stop at its end."""
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip().casefold()
-
-
 def _count(written: str, task: str) -> int:
     if not written.isdigit() or int(written) < 1:
         raise ValueError(f"task {task!r}: {written!r} is no number of examples or samples above 0")
@@ -226,17 +219,9 @@ def reasoning_gym_task(written: str, as_choice: bool) -> ConfigurableTask:
         ValueError: not installed, an unknown family or one that does not verify itself, no number.
     """
     family, _, count = written.partition(":")
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("reasoning-gym is not installed: pip install 'looplm[eval]'")
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if family not in DATASETS or family in _UNFIT:
-        near = ", ".join(sorted(name for name in DATASETS if name not in _UNFIT)[:8])
-        raise ValueError(f"reasoning-gym has no usable family {family!r}; there are {near} ...")
     size = _count(count, f"reasoning-gym:{written}") if count else _SIZE
-    data = reasoning_gym.create_dataset(family, size=size, seed=_SEED)
-    more = reasoning_gym.create_dataset(family, size=_SHOTS, seed=_SEED + 1)
+    data = open_family(family, size=size, seed=_SEED)
+    more = open_family(family, size=_SHOTS, seed=_SEED + 1)
     if as_choice:
         items = gym_choices([(entry["question"], str(entry["answer"])) for entry in data])
         return items_task(items, f"reasoning-gym-choice-{family}")

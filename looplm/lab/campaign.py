@@ -9,7 +9,7 @@ from looplm.lab.report import write_ledger
 from looplm.lab.results import FILE as RESULTS
 from looplm.lab.results import by_run, load
 from looplm.lab.runner import run_all
-from looplm.lab.tasks.base import nearest
+from looplm.settings import nearest
 
 
 def run_claims(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from looplm.lab.tasks.addition import Addition
 from looplm.lab.tasks.assignment import Assignment
-from looplm.lab.tasks.base import IGNORED, Batch, Task, nearest
+from looplm.lab.tasks.base import IGNORED, Batch, Task
 from looplm.lab.tasks.capo import Capo
 from looplm.lab.tasks.draws import SPLITS, Split
 from looplm.lab.tasks.group import Group
@@ -16,6 +16,7 @@ from looplm.lab.tasks.mano import Mano
 from looplm.lab.tasks.multi_hop import MultiHop
 from looplm.lab.tasks.p_hop import PHop
 from looplm.lab.tasks.reachability import Reachability
+from looplm.settings import nearest
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Capo, Mano, MultiHop, PHop, Addition, SymbolicGSM, Group, Reachability, Assignment)

@@ -6,9 +6,7 @@ causal model never looks. Published runs pack several items into a context and m
 gives the same losses.
 """
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, NotRequired, Self, TypedDict, TypeVar, cast
 
@@ -257,9 +255,3 @@ class DrawnTask(Task[L], ABC, Generic[L]):
             f"{self.name}: no {request.split} items with {self.unit} {request.levels[missing[0]]} were "
             "found, they are too few to be shared out; use other levels or a larger task"
         )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that was probably meant."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"

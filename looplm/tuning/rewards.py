@@ -1,0 +1,179 @@
+"""The rewards of rollouts: weighted sums of scores, with every sample that could not be scored counted and named.
+
+What is not this package's own code (math-verify, reasoning-gym's scorers, a user's function, a regular expression) runs
+in worker processes with a time limit (`looplm.tuning.scoring`). An answer that math-verify cannot read is wrong, and so
+is one over which it does not come to an end. Anything else that goes wrong makes the sample NaN; the run goes on until
+too many of a call are.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from looplm.tuning.environments import Environment
+from looplm.tuning.problems import Problem, RewardSettings, Score, Scores
+from looplm.tuning.scorers import open_format, open_math_verify, open_python
+from looplm.tuning.scoring import Job, Opener, Result, ScoringPool, result_of
+
+_FEW = 4
+"""So many faults are never too many."""
+_SHOWN = 60
+"""Characters of a prompt in the name of a sample."""
+
+
+class Rewards:
+    """All rewards of a recipe, called with problems and completions; close it, or use it as a context.
+
+    Args:
+        settings: at least one reward; the first is the outcome unless another says so.
+        environment: whose problems are scored.
+        patience: the share of faulty samples of a call, more than which (and more than 3) end the run.
+
+    Raises:
+        ValueError: no reward, two outcomes, a reward that does not fit the environment or cannot be opened.
+    """
+
+    def __init__(self, settings: Sequence[RewardSettings], environment: Environment, *, patience: float = 0.1):
+        _check(settings, environment, patience)
+        self._settings, self._patience = list(settings), patience
+        self.names = _names(settings)
+        chosen = [place for place, reward in enumerate(settings) if reward.outcome]
+        self.outcome = self.names[chosen[0] if chosen else 0]
+        self._here: dict[int, Score] = {}
+        openers: list[tuple[int, Opener]] = []
+        for place, reward in enumerate(settings):
+            if reward.scorer == "environment" and not environment.isolated:
+                self._here[place] = environment.scorer
+            else:
+                openers.append((place, _opener(reward, environment)))
+        self._jobs_of = {place: number for number, (place, _) in enumerate(openers)}
+        limits = [settings[place].seconds for place, _ in openers]
+        self._pool = ScoringPool([opener for _, opener in openers], limits) if openers else None
+
+    def __call__(self, problems: Sequence[Problem], texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Scores:
+        """Score completions, one a problem.
+
+        Args:
+            problems: N, repeated where several completions answer one.
+            texts: N, without special tokens.
+            token_ids: N, the tokens of each.
+
+        Raises:
+            ValueError: lengths that differ, or a reward that fails on too many samples.
+        """
+        if not len(problems) == len(texts) == len(token_ids):
+            raise ValueError(
+                f"{len(problems)} problems, {len(texts)} texts, {len(token_ids)} lists of tokens: not as many"
+            )
+        results = self._results(problems, texts, token_ids)
+        parts, faults, unparseable = {}, list[str](), 0
+        for name, reward, found in zip(self.names, self._settings, results, strict=True):
+            parts[name], wrong = _values(name, reward, found, problems)
+            unparseable += sum(_is_unparseable(reward, result) for result in found)
+            if len(wrong) >= _FEW and len(wrong) > self._patience * len(found):
+                raise ValueError(
+                    f"reward {name} failed on {len(wrong)} of {len(found)} samples: {wrong[0]}; "
+                    "mend it and start the run again, which goes on from its last checkpoint"
+                )
+            faults += wrong
+        weights = [reward.weight for reward in self._settings]
+        totals = [
+            math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+            for values in zip(*parts.values(), strict=True)
+        ]
+        return Scores(totals, parts[self.outcome], parts, faults, unparseable)
+
+    def _results(
+        self, problems: Sequence[Problem], texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+    ) -> list[list[Result]]:
+        """Of each reward, in the order of the settings, the results of all samples."""
+        samples = [(problem, text, list(ids)) for problem, text, ids in zip(problems, texts, token_ids, strict=True)]
+        there = [Job(number, *sample) for number in self._jobs_of.values() for sample in samples]
+        done = self._pool.run(there) if self._pool is not None else []
+        results = []
+        for place in range(len(self._settings)):
+            if place in self._here:
+                score = self._here[place]
+                results.append([result_of(score, Job(0, *sample)) for sample in samples])
+            else:
+                first = self._jobs_of[place] * len(samples)
+                results.append(done[first : first + len(samples)])
+        return results
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check(settings: Sequence[RewardSettings], environment: Environment, patience: float) -> None:
+    if not settings:
+        raise ValueError("rewards is empty; give at least one, e.g. {scorer: environment}")
+    outcomes = [reward.name for reward in settings if reward.outcome]
+    if len(outcomes) > 1:
+        raise ValueError(f"the rewards {' and '.join(outcomes)} both have outcome: true; one is the outcome")
+    if not 0 <= patience <= 1:
+        raise ValueError(f"patience is {patience}; give a share of samples, 0 to 1")
+    texts = next((reward.name for reward in settings if reward.scorer == "math-verify" or reward.format), None)
+    if texts is not None and environment.train[0].answer_tokens is not None:
+        raise ValueError(f"reward {texts} reads text, and {environment.name} has tokens; use scorer: environment")
+
+
+def _names(settings: Sequence[RewardSettings]) -> list[str]:
+    """Names of rewards, numbered where two are the same."""
+    names: list[str] = []
+    for reward in settings:
+        same = sum(other.name == reward.name for other in settings[: len(names)])
+        names.append(f"{reward.name}-{same + 1}" if same else reward.name)
+    return names
+
+
+def _opener(reward: RewardSettings, environment: Environment) -> Opener:
+    if reward.python is not None:
+        path, _, function = reward.python.rpartition(":")
+        return partial(open_python, Path(path).resolve(), function)
+    if reward.format is not None:
+        return partial(open_format, reward.format)
+    return open_math_verify if reward.scorer == "math-verify" else partial(_as_it_is, environment.scorer)
+
+
+def _as_it_is(score: Score) -> Score:
+    return score
+
+
+def _is_unparseable(reward: RewardSettings, result: Result) -> bool:
+    return result.kind == "unparseable" or (result.kind == "late" and reward.scorer == "math-verify")
+
+
+def _values(
+    name: str, reward: RewardSettings, results: Sequence[Result], problems: Sequence[Problem]
+) -> tuple[list[float], list[str]]:
+    """The values of a reward, NaN where it failed, and a sentence for each failure."""
+    values, faults = [], []
+    for place, (result, problem) in enumerate(zip(results, problems, strict=True)):
+        if result.kind == "score" or _is_unparseable(reward, result):
+            values.append(result.value)
+        else:
+            values.append(math.nan)
+            faults.append(f"reward {name} {result.said} on sample {place} (prompt {_shown(problem)})")
+    return values, faults
+
+
+def _shown(problem: Problem) -> str:
+    """The beginning of a prompt, or of what the user says in it."""
+    prompt = problem.prompt
+    if isinstance(prompt, list):
+        last = prompt[-1]
+        prompt = last["content"] if isinstance(last, dict) else f"tokens {' '.join(map(str, prompt))}"
+    text = " ".join(prompt.split())
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")

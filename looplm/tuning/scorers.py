@@ -1,0 +1,106 @@
+r"""Single scores of a completion, as functions that a worker process opens: math-verify, a Python function, a format.
+
+Each `open_*` returns a function of (problem, text, token ids). math-verify (a parser of answers in LaTeX and plain
+notation over sympy) is told where the answer stands when the text marks it (`looplm.data.stated`); else it looks for
+itself. Its own time limits use signals and are off: the process that runs it is killed instead.
+"""
+
+import importlib.util
+import inspect
+import logging
+import math
+import re
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from looplm.data.stated import marked_answer
+from looplm.tuning.problems import Problem, Score
+
+
+class UnparseableError(Exception):
+    """The completion holds no answer that could be read; it scores 0."""
+
+
+def open_math_verify() -> Score:
+    """1 where the completion's answer equals the problem's: 1/2 = 0.5 = \\frac12, sets in any order.
+
+    Raises:
+        ValueError: math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError("math-verify is not installed: pip install 'looplm[tuning]'")
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own limits are off
+
+    def read(text: str) -> list[Any]:
+        said = marked_answer(text)
+        return list(parse(text if said is None else f"\\boxed{{{said}}}", parsing_timeout=None))
+
+    def score(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
+        answer = marked_answer(problem.answer) or problem.answer
+        right = list(parse(f"\\boxed{{{answer}}}", parsing_timeout=None))
+        if not right:
+            raise ValueError(f"math-verify cannot read the right answer {problem.answer!r}")
+        said = read(text)
+        if not said:
+            raise UnparseableError
+        return float(verify(right, said, timeout_seconds=None))
+
+    score(Problem("", "1"), "1", ())  # what is imported on first use belongs to no sample's time
+    return score
+
+
+def open_python(path: Path, function: str) -> Score:
+    """The function of a user's file, which is run for that.
+
+    Raises:
+        ValueError: no such file or function, or the file itself fails.
+    """
+    if not path.is_file():
+        beside = sorted(each.name for each in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
+        raise ValueError(f"no such file: {path}; Python files there: {', '.join(beside) or 'none'}")
+    spec = importlib.util.spec_from_file_location(f"looplm_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        raise ValueError(f"{path} fails where it is loaded: {told(error)}") from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        there = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
+        raise ValueError(f"{path} has no function {function!r}; there are {', '.join(there) or 'none'}")
+
+    def score(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
+        completion = text if problem.answer_tokens is None else list(token_ids)
+        reward: float = found(prompt=problem.prompt, completion=completion, answer=problem.answer, entry=problem.entry)
+        return reward
+
+    return score
+
+
+def open_format(pattern: str) -> Score:
+    """1 where the whole completion matches; `.` matches new lines too."""
+    compiled = re.compile(pattern, re.DOTALL)
+    return lambda problem, text, token_ids: float(compiled.fullmatch(text) is not None)
+
+
+def checked(reward: object) -> float:
+    """A reward as a float.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if not isinstance(reward, Real) or not math.isfinite(reward):
+        kind = type(reward).__name__
+        raise ValueError(f"a reward must be a finite number, and this is {str(reward)[:60]!r} ({kind})")
+    return float(reward)
+
+
+def told(error: BaseException) -> str:
+    """An error in one short line: its name and the first line of what it says."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
