@@ -21,7 +21,7 @@ from looplm.commands.inspecting import trace
 from looplm.commands.lab import lab
 from looplm.commands.study import study
 from looplm.commands.training import demo, train
-from looplm.commands.tuning import merge, sft
+from looplm.commands.tuning import grpo, merge, sft
 from looplm.commands.upcycling import convert, upcycle
 from looplm.commands.verifying import verify
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "verify": verify,
     "sft": sft,
+    "grpo": grpo,
     "merge": merge,
     "eval": evaluate,
     "study": study,

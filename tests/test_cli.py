@@ -71,6 +71,7 @@ print("loaded", [name for name in {HEAVY!r} if name in sys.modules])
         (["verify", "--help"], ["--text", "--json"]),
         (["train", "--help"], ["a YAML recipe", "--output", "--dry-run"]),
         (["sft", "--help"], ["a YAML recipe", "--output"]),
+        (["grpo", "--help"], ["a YAML recipe", "--output"]),
         (["merge", "--help"], ["ADAPTER", "--output", "--model"]),
         (["data", "--help"], ["{prepare}", "a YAML recipe", "--workers", "--anew"]),
         (["bench", "--help"], ["--batches", "--exit-threshold", "--json"]),

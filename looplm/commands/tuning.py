@@ -1,4 +1,4 @@
-"""`looplm sft` and `looplm merge`: a model tuned on conversations, and an adapter put into its model."""
+"""`looplm sft`, `looplm grpo`, `looplm merge`: tuning by example and by reward, and an adapter put into its model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +42,38 @@ def sft(
     counts = ", ".join(f"{name} {count}" for name, count in report["conversations"].items() if count)
     folder = Path(settings.output)
     lines = [f"conversations  {counts}", f"model    {folder / 'model'}"]
+    lines += [f"adapter  {folder / 'adapter'}"] if settings.lora is not None else []
+    lines.append(f"report   {folder / 'report.json'}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def grpo(
+    recipe: Annotated[Positional[str], arg(help="a YAML recipe (looplm/recipes/grpo-cpu.yaml is an example)")],
+    output: Annotated[str | None, arg(help="folder to write to, instead of the recipe's")] = None,
+) -> None:
+    """Tune a model by verifiable rewards, at fixed, adaptive or sampled depths; started again, it goes on."""
+    _need_libraries()
+
+    from looplm.tuning.rl_recipe import load_grpo_recipe
+
+    settings = load_grpo_recipe(recipe)
+    if output is not None:
+        settings = settings.model_copy(update={"output": output})
+
+    from rich.console import Console
+
+    from looplm.training.resume import Stopped
+    from looplm.tuning.grpo import reinforce
+
+    try:
+        report = reinforce(settings)
+    except Stopped as stopped:
+        print(stopped)
+        return
+    console = Console()
+    console.print(_rewarded(report))
+    folder = Path(settings.output)
+    lines = [f"largest difference of learner and rollout: {_agreement(report)}", f"model    {folder / 'model'}"]
     lines += [f"adapter  {folder / 'adapter'}"] if settings.lora is not None else []
     lines.append(f"report   {folder / 'report.json'}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
@@ -94,3 +126,27 @@ def _before_after(report: dict[str, Any]) -> "Table":
     depths = [sum(loop * p for loop, p in enumerate(side, start=1)) for side in sides]
     table.add_row("expected depth", *(f"{depth:.2f}" for depth in depths))
     return table
+
+
+def _rewarded(report: dict[str, Any]) -> "Table":
+    """Outcome, depth and length on held-out problems, before and after."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['problems']['held_out']:,} held-out problems, mode {report['mode']}")
+    for heading in ("loops", "outcome before", "after", "mean loops before", "after", "tokens before", "after"):
+        table.add_column(heading, justify="right")
+    before, after = report["before"], report["after"]
+    rows = [("the mode's", before, after)]
+    rows += [(loops, found, after["by_loops"][loops]) for loops, found in before["by_loops"].items()]
+    for name, *sides in rows:
+        cells = [f"{side[key]:{form}}" for key, form in _SHOWN for side in sides]
+        table.add_row(name, *cells)
+    return table
+
+
+_SHOWN = (("outcome", ".3f"), ("mean_depth", ".2f"), ("length", ".1f"))
+
+
+def _agreement(report: dict[str, Any]) -> str:
+    found = {name.removesuffix("_difference"): value for name, value in report["agreement"].items()}
+    return ", ".join(f"{name} {value:.1e}" for name, value in found.items() if value is not None) or "not measured"

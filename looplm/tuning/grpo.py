@@ -148,7 +148,8 @@ def _train(work: Work, rewards: Rewards, log: MetricsLog, stop: StopSignal) -> N
     found, each = resume_point(checkpoints, log), recipe.updates * recipe.epochs
     reference = None
     if recipe.kl and work.adapter is None:
-        reference = load_model(recipe.model, torch.float32)[0].to(work.model.device).eval()
+        reference = load_model(recipe.model, torch.float32)[0].eval()
+        cast("Any", reference).to(work.model.device)
 
     def before_rollout(number: int) -> None:
         every = recipe.held_out.every_steps

@@ -211,66 +211,22 @@ class LoopGRPOTrainer(Resumable, GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of some rows; the shares of all rows of an update sum to 1."""
-        depth, fresh = self.recipe.depth, self.state.global_step == self._fresh
-        if depth.mode in RATIO_FREE:
-            weights = inputs["advantages"] * inputs["share"]
+        rows = Rows(**{field.name: inputs[field.name] for field in fields(Rows)})
+        advantages, share = inputs["advantages"], inputs["share"]
+        if self.recipe.depth.mode in RATIO_FREE:
             loss, tokens = ratio_free_loss(
                 self.base,
-                *(inputs[name] for name in ("ids", "depths", "targets", "acts")),
-                weights,
-                depth,
+                rows,
+                advantages * share,
+                self.recipe.depth,
                 temperature=self.recipe.temperature,
                 max_loops=self.drawing.loops,
             )
-            self._note_agreement(Actions(tokens, torch.zeros_like(tokens)), inputs, fresh)
-            return self._finite(loss)
-        now = self._replay(self.base, inputs)
-        self._note_agreement(now.actions, inputs, fresh)
-        return self._finite(self._ratio_loss(now, inputs))
-
-    def _ratio_loss(self, now: Replay, inputs: dict[str, Tensor]) -> Tensor:
-        recipe, share = self.recipe, inputs["share"]
-        old = Actions(inputs["old_tokens"], inputs["old_exits"])
-        actions = now.actions
-        if recipe.depth.mode != "sampled":  # exits follow from a rule, and no gradient reaches the gate
-            actions = Actions(actions.tokens, old.exits)
-        assert recipe.clip_high is not None
-        value = surrogate(actions, old, inputs["advantages"], recipe.clip_low, recipe.clip_high, recipe.depth.ratio)
-        loss = -(share * value).sum()
-        self._note_policy(now, actions, old, inputs)
-        if recipe.kl:
-            divergence = k3(actions.joint, self._reference(inputs, actions, old))
-            self.record["kl"].append((share * divergence).sum().item())
-            loss = loss + recipe.kl * (share * divergence).sum()
-        if recipe.depth.gate_entropy:
-            entropy = self._gate_entropy(now, inputs)
-            loss = loss - recipe.depth.gate_entropy * (share * entropy).sum()
-        return loss
-
-    def _replay(self, model: OuroForCausalLM, inputs: dict[str, Tensor]) -> Replay:
-        names = ("ids", "depths", "targets", "acts", "exits")
-        return replay(
-            model,
-            *(inputs[name] for name in names),
-            temperature=self.recipe.temperature,
-            min_loops=self.recipe.depth.min_loops,
-            max_loops=self.drawing.loops,
-        )
-
-    @torch.no_grad()
-    def _reference(self, inputs: dict[str, Tensor], now: Actions, old: Actions) -> Tensor:
-        """Log-probabilities by the model that the run began with, at the same depths."""
-        wrapped = self.model
-        bare = wrapped.disable_adapter() if isinstance(wrapped, PeftModel) else nullcontext()
-        with bare:
-            found = self._replay(self.reference or self.base, inputs).actions
-        return found.joint if self.recipe.depth.mode == "sampled" else Actions(found.tokens, old.exits).joint
-
-    def _gate_entropy(self, now: Replay, inputs: dict[str, Tensor]) -> Tensor:
-        depths, depth = inputs["depths"] * inputs["exits"], self.recipe.depth
-        return visited_gate_entropy(now.gate_logits, depths, depth.min_loops, self.drawing.loops)
-
-    def _finite(self, loss: Tensor) -> Tensor:
+            self._note_agreement(Actions(tokens, torch.zeros_like(tokens)), rows)
+        else:
+            now = self._replay(self.base, rows)
+            self._note_agreement(now.actions, rows)
+            loss = self._ratio_loss(now, rows, advantages, share)
         if not bool(loss.isfinite()):
             raise FloatingPointError(
                 f"rollout {self.rollout + 1}: the loss is {loss.item()}; lower learning_rate "
@@ -278,28 +234,62 @@ class LoopGRPOTrainer(Resumable, GRPOTrainer):
             )
         return loss
 
+    def _ratio_loss(self, now: Replay, rows: Rows, advantages: Tensor, share: Tensor) -> Tensor:
+        recipe, old = self.recipe, Actions(rows.old_tokens, rows.old_exits)
+        actions = now.actions
+        if recipe.depth.mode != "sampled":  # exits follow from a rule, and no gradient reaches the gate
+            actions = Actions(actions.tokens, old.exits)
+        assert recipe.clip_high is not None
+        value = surrogate(actions, old, advantages, recipe.clip_low, recipe.clip_high, recipe.depth.ratio)
+        loss = -(share * value).sum()
+        self._note_policy(now, actions, old, rows)
+        if recipe.kl:
+            divergence = k3(actions.joint, self._reference(rows, old))
+            self.record["kl"].append((share * divergence).sum().item())
+            loss = loss + recipe.kl * (share * divergence).sum()
+        if recipe.depth.gate_entropy:
+            entropy = self._gate_entropy(now, rows)
+            loss = loss - recipe.depth.gate_entropy * (share * entropy).sum()
+        return loss
+
+    def _replay(self, model: OuroForCausalLM, rows: Rows) -> Replay:
+        limits = {"min_loops": self.recipe.depth.min_loops, "max_loops": self.drawing.loops}
+        return replay(model, rows, temperature=self.recipe.temperature, **limits)
+
+    @torch.no_grad()
+    def _reference(self, rows: Rows, old: Actions) -> Tensor:
+        """Log-probabilities by the model that the run began with, at the same depths."""
+        bare = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        with bare:
+            found = self._replay(self.reference or self.base, rows).actions
+        return found.joint if self.recipe.depth.mode == "sampled" else Actions(found.tokens, old.exits).joint
+
+    def _gate_entropy(self, now: Replay, rows: Rows) -> Tensor:
+        least = self.recipe.depth.min_loops
+        return visited_gate_entropy(now.gate_logits, rows.depths * rows.exits, least, self.drawing.loops)
+
     # --- records ---
 
     @torch.no_grad()
-    def _note_agreement(self, now: Actions, inputs: dict[str, Tensor], fresh: bool) -> None:
-        """How far the learner is from the rollout where both have the same weights."""
-        if fresh:
-            self.record["max:token_difference"].append((now.tokens - inputs["old_tokens"]).abs().max().item())
-            if self.recipe.depth.mode == "sampled":
-                self.record["max:exit_difference"].append((now.exits - inputs["old_exits"]).abs().max().item())
+    def _note_agreement(self, now: Actions, rows: Rows) -> None:
+        """How far the learner is from the rollout, while both have the same weights."""
+        if self.state.global_step != self._fresh:
+            return
+        self.record["max:token_difference"].append((now.tokens - rows.old_tokens).abs().max().item())
+        if self.recipe.depth.mode == "sampled":
+            self.record["max:exit_difference"].append((now.exits - rows.old_exits).abs().max().item())
 
     @torch.no_grad()
-    def _note_policy(self, now: Replay, actions: Actions, old: Actions, inputs: dict[str, Tensor]) -> None:
-        depth, count = self.recipe.depth, inputs["acts"].sum().item()
-        self.record["entropy"].append(now.entropy.sum().item() / count)
+    def _note_policy(self, now: Replay, actions: Actions, old: Actions, rows: Rows) -> None:
+        depth, targets, exits = self.recipe.depth, rows.acts.sum().item(), max(rows.exits.sum().item(), 1)
+        self.record["entropy"].append(now.entropy.sum().item() / targets)
         moved = (actions.joint - old.joint).exp()
         outside = (moved < 1 - self.recipe.clip_low) | (moved > 1 + cast(float, self.recipe.clip_high))
-        self.record["outside_clip"].append((outside & inputs["acts"]).sum().item() / count)
-        exits = max(inputs["exits"].sum().item(), 1)
+        self.record["outside_clip"].append((outside & rows.acts).sum().item() / targets)
         if depth.mode in ("sampled", "adaptive"):
-            self.record["gate_entropy"].append(self._gate_entropy(now, inputs).sum().item() / exits)
+            self.record["gate_entropy"].append(self._gate_entropy(now, rows).sum().item() / exits)
         if depth.exit_threshold is not None:
-            recorded, limits = inputs["depths"] * inputs["exits"], (depth.min_loops, self.drawing.loops)
+            recorded, limits = rows.depths * rows.exits, (depth.min_loops, self.drawing.loops)
             changed = changed_depths(now.gate_logits, recorded, depth.exit_threshold, *limits)
             self.record["depths_changed"].append(changed.sum().item() / exits)
 
@@ -323,5 +313,5 @@ class Group:
         self.signal = bool(with_signal(torch.tensor([outcomes]))[0])
 
 
-def _unused(**_: Any) -> list[float]:
+def _unused(**_: Any) -> list[float | None]:
     raise RuntimeError("rewards are not TRL's")

@@ -6,6 +6,7 @@ two depths of one, can be compared on the same problems.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,11 +41,12 @@ def prompt_ids(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[int
     """The ids that a model is given: ids as they are, text as it is, a conversation in the chat template."""
     prompt = problem.prompt
     if isinstance(prompt, str):
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return tokenizer.encode(prompt, add_special_tokens=False)
     if isinstance(prompt[0], int):
-        return [int(token) for token in prompt]  # type: ignore[call-overload]
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+        return list(prompt)
+    messages = prompt
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(cast("Any", encoded)["input_ids"])
 
 
 def measure_held_out(

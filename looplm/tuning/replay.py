@@ -16,6 +16,7 @@ from looplm.model.modeling import OuroForCausalLM
 from looplm.objectives.token_losses import IGNORED, weighted_token_losses
 from looplm.tuning.policy import Actions, exit_log_probability
 from looplm.tuning.rl_recipe import DepthSettings
+from looplm.tuning.rollouts import Rows
 
 
 @dataclass(frozen=True)
@@ -33,41 +34,29 @@ class Replay:
     gate_logits: Tensor
 
 
-def replay(
-    model: OuroForCausalLM,
-    ids: Tensor,
-    depths: Tensor,
-    targets: Tensor,
-    acts: Tensor,
-    exits: Tensor,
-    *,
-    temperature: float,
-    min_loops: int,
-    max_loops: int,
-) -> Replay:
+def replay(model: OuroForCausalLM, rows: Rows, *, temperature: float, min_loops: int, max_loops: int) -> Replay:
     """Run rows at their recorded depths, with gradients where they are enabled.
 
     Args:
-        ids, depths, targets, acts, exits: (B, S), as in `looplm.tuning.rollouts.Rows`.
         temperature: of the policy.
         min_loops, max_loops: within which exits were drawn.
     """
-    first = int(acts.any(0).nonzero()[0])  # no target before it
+    first = int(rows.acts.any(0).nonzero()[0])  # no target before it
     out = model(
-        input_ids=ids,
-        exit_depths=depths,
+        input_ids=rows.ids,
+        exit_depths=rows.depths,
         num_loop_steps=max_loops,
         min_loops=min_loops,
-        logits_to_keep=ids.shape[1] - first,
+        logits_to_keep=rows.ids.shape[1] - first,
         use_cache=False,
     )
     assert out.logits is not None and out.gate_logits is not None
     log_p = (out.logits.float() / temperature).log_softmax(-1)
-    there = acts[:, first:]
-    tokens = log_p.gather(-1, targets[:, first:, None])[..., 0].masked_fill(~there, 0)
+    there = rows.acts[:, first:]
+    tokens = log_p.gather(-1, rows.targets[:, first:, None])[..., 0].masked_fill(~there, 0)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~there, 0)
-    drawn = exit_log_probability(out.gate_logits, depths * exits, min_loops, max_loops)
+    drawn = exit_log_probability(out.gate_logits, rows.depths * rows.exits, min_loops, max_loops)
     left = (first, 0)
     pad = torch.nn.functional.pad
     return Replay(Actions(pad(tokens, left), drawn), pad(entropy, left), out.gate_logits)
@@ -75,10 +64,7 @@ def replay(
 
 def ratio_free_loss(
     model: OuroForCausalLM,
-    ids: Tensor,
-    depths: Tensor,
-    targets: Tensor,
-    acts: Tensor,
+    rows: Rows,
     weights: Tensor,
     depth: DepthSettings,
     *,
@@ -91,23 +77,22 @@ def ratio_free_loss(
     mean, e being the loop that supplied the token.
 
     Args:
-        ids, depths, targets, acts: (B, S).
         weights: (B, S), the advantage of each target over what the step's loss is divided by.
 
     Returns:
         The loss, and the log-probability (B, S) of each target at its own depth, detached.
     """
     core = model.model
-    embedded = core.embed(ids, None)
+    embedded = core.embed(rows.ids, None)
     context = PassContext.build(core, embedded, None, None, None, False, max_loops)
     states, gates = core.run(embedded, context, max_loops)
     read = [core.finish(state, context) / temperature for state in states]
-    goal = targets.masked_fill(~acts, IGNORED)
+    goal = rows.targets.masked_fill(~rows.acts, IGNORED)
     assert gates is not None  # nothing is cached
-    share = _loop_weights(gates.detach(), depths, depth)
+    share = _loop_weights(gates.detach(), rows.depths, depth)
     total, losses = weighted_token_losses(read, model.lm_head.weight, goal, share * weights)
-    own = losses.gather(0, (depths - 1).clamp(min=0)[None])[0]
-    return total, -own.masked_fill(~acts, 0)
+    own = losses.gather(0, (rows.depths - 1).clamp(min=0)[None])[0]
+    return total, -own.masked_fill(~rows.acts, 0)
 
 
 def _loop_weights(gates: Tensor, depths: Tensor, depth: DepthSettings) -> Tensor:

@@ -18,8 +18,8 @@ from looplm.model.saving import Provenance, write_model
 from looplm.objectives.token_losses import IGNORED
 from looplm.tuning.conversations import prepare_conversations, windows
 from looplm.tuning.recalibration import measure_rows
-from looplm.tuning.sft import tune
 from looplm.tuning.resuming import MARK
+from looplm.tuning.sft import tune
 
 CONTEXT.set_forkserver_preload(["looplm.cli", "looplm.training.run", "looplm.training.report", "looplm.tuning.sft"])
 
