@@ -2,8 +2,8 @@
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
 that they teach a format and a little arithmetic, not conversation. A running sum is a problem whose answer is reached
-in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "8+5-4+9" is answered
-"13 9 18". The files that are shipped are what this writes:
+in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "38+5-4+9" is answered
+"43 39 48". The files that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
@@ -53,13 +53,13 @@ def _larger(draw: random.Random) -> tuple[str, str]:
 
 
 def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Different conversations of one running sum of three to six numbers up to 29, and what it comes to."""
+    """Different conversations of one running sum, two to five digits added or taken, and what it comes to."""
     draw, seen = random.Random(2027), set[str]()
     while len(seen) < count:
-        total = draw.randint(1, 29)
+        total = draw.randint(1, LARGEST)
         question, steps = str(total), []
         for _ in range(draw.randint(2, 5)):
-            number = draw.randint(1, 29)
+            number = draw.randint(1, 9)
             sign = draw.choice([s for s in (1, -1) if 0 <= total + s * number <= LARGEST])
             total += sign * number
             question += f"{'+' if sign > 0 else '-'}{number}"

@@ -128,7 +128,7 @@ def run(recipe: Path, log: Path, moment: Moment | None = None):
     """`looplm sft RECIPE` as a process of its own: exit code and what it said."""
     child = CONTEXT.Process(target=command, args=(["sft", str(recipe)], str(log), moment, None))
     child.start()
-    child.join(120)
+    child.join(400)
     return child.exitcode, log.read_text()
 
 

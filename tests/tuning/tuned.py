@@ -13,6 +13,7 @@ from looplm.data.tokenizers import train_bpe
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.saving import Provenance, write_model
 from looplm.tuning.recipe import SFTRecipe
+from looplm.tuning.rl_recipe import GRPORecipe
 
 
 def chat_tokenizer(vocabulary: int = 300):
@@ -72,3 +73,42 @@ def sft_recipe(folder: Path, base: Path, **changes: Any) -> SFTRecipe:
 def weights(model: OuroForCausalLM) -> dict[str, torch.Tensor]:
     """All parameters by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def grpo_values(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe's values: 3 rollouts of 4 prompts x 4 samples, rewarded for letters, which is learnt at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reward = folder / "letters.py"
+    reward.write_text(
+        "def letters(prompt, completion, answer, entry):\n"
+        "    return sum(c.isalpha() for c in completion) / max(len(completion), 1)\n"
+    )
+    values: dict[str, Any] = {
+        "model": str(base),
+        "output": str(folder / "out"),
+        "seed": 3,
+        "environment": {
+            "source": {
+                "location": "running-sums",
+                "prompt_field": "messages",
+                "answer_field": "answer",
+                "limit": 120,
+            },
+            "held_out_every": 4,
+        },
+        "rewards": [{"python": f"{reward}:letters"}],
+        "steps": 3,
+        "prompts": 4,
+        "samples": 4,
+        "micro_batch_size": 8,
+        "max_new_tokens": 6,
+        "learning_rate": 1e-2,
+        "held_out": {"problems": 8},
+        "checkpoints": {"every_steps": 1},
+    }
+    return copy.deepcopy({**values, **changes})
+
+
+def grpo_recipe(folder: Path, base: Path, **changes: Any) -> GRPORecipe:
+    """The checked recipe of `grpo_values`."""
+    return GRPORecipe.validated(grpo_values(folder, base, **changes), "small")
