@@ -73,7 +73,7 @@ def open_environment(settings: EnvironmentSettings) -> Environment:
     """
     scorer: Score
     if settings.reasoning_gym is not None:
-        data = open_family(settings.reasoning_gym, settings.size, settings.seed, **settings.options)
+        data = open_family(settings.reasoning_gym, settings.size, settings.seed, settings.options)
         found, scorer = _of_gym(data, settings), GymScore(data)
     elif settings.source is not None:
         found, scorer = _of_source(settings.source, settings), states_answer

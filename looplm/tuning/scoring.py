@@ -26,7 +26,7 @@ Opener = Callable[[], Score]
 _MOST = 8
 _OPENING = 120.0
 """Seconds for a worker to import and open what it needs."""
-_GRACE = 5
+_GRACE = 1
 """Seconds beyond its limit after which a worker whose parent is gone ends itself."""
 
 
