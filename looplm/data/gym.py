@@ -5,6 +5,7 @@ sizes share questions: whoever needs two disjoint sets takes them from one data 
 """
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from looplm.settings import nearest
@@ -13,7 +14,7 @@ _UNFIT = ("boxnet", "composite", "graph_color", "propositional_logic", "rubiks_c
 """Families whose own answers do not score 1, and the one that is made of others."""
 
 
-def open_family(family: str, size: int, seed: int, **options: Any) -> Any:
+def open_family(family: str, size: int, seed: int, options: Mapping[str, Any] | None = None) -> Any:
     """The data set of a family: `len`, `[i]` with `question`, `answer` and `metadata`, and `score_answer`.
 
     Args:
@@ -33,6 +34,7 @@ def open_family(family: str, size: int, seed: int, **options: Any) -> Any:
     if family not in DATASETS or family in _UNFIT:
         usable = sorted(name for name in DATASETS if name not in _UNFIT)
         raise ValueError(f"reasoning-gym has no usable family {family!r}; {nearest(family, usable)}")
+    options = dict(options or {})
     known = [name for name in DATASETS[family][1].__dataclass_fields__ if name not in ("seed", "size")]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:

@@ -8,9 +8,8 @@ Numbers are compared as fractions, so 0.5 is 1/2; everything else by its charact
 import re
 from fractions import Fraction
 
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LINE = re.compile(r"(?:\banswer\s*:|####)\**[ \t]*(\S[^\n]*)", re.IGNORECASE)
-_BOX = re.compile(r"\\boxed\s*\{")
+_LINE = re.compile(r"(?:\banswer[ \t]*:|####)([^\n]*)", re.IGNORECASE)
+_BRACE = re.compile(r"\\boxed[ \t]*\{|[{}]")
 _NUMBER = re.compile(r"(?:(?<![\w)\].])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 
 
@@ -20,16 +19,18 @@ def normal(text: str) -> str:
 
 
 def marked_answer(text: str) -> str | None:
-    """What the last mark of the text says is the answer; None without a mark."""
-    found = [(match.start(1), match[1]) for pattern in (_TAG, _LINE) for match in pattern.finditer(text)]
-    for match in _BOX.finditer(text):
-        inside = _inside(text, match.end())
-        if inside is not None:
-            found.append((match.end(), inside))
+    """What the last mark of the text says is the answer; None without a mark. Linear in the text."""
+    found = [(match.start(1), match[1].strip().strip("*")) for match in _LINE.finditer(text) if match[1].strip(" \t*")]
+    for mark in (_last_tag(text), _last_box(text)):
+        if mark is not None:
+            found.append(mark)
     if not found:
         return None
     answer = max(found)[1].strip()
-    return answer[1:-1].strip() if len(answer) > 2 and answer[0] == answer[-1] == "$" else answer
+    for before, after in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if len(answer) > len(before + after) and answer.startswith(before) and answer.endswith(after):
+            answer = answer.removeprefix(before).removesuffix(after).strip()
+    return answer
 
 
 def states(text: str, answer: str) -> bool:
@@ -58,11 +59,22 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-def _inside(text: str, start: int) -> str | None:
-    """From `start` to the brace that closes the one before it; None if it stays open."""
-    depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start:place]
-    return None
+def _last_tag(text: str) -> tuple[int, str] | None:
+    """The last closed `<answer>` tag: where its content begins, and the content."""
+    stop = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(stop, 0))
+    return None if start < 0 else (start + len("<answer>"), text[start + len("<answer>") : stop])
+
+
+def _last_box(text: str) -> tuple[int, str] | None:
+    """The closed `\\boxed` that begins last, likewise."""
+    last: tuple[int, str] | None = None
+    opened: list[int | None] = []
+    for match in _BRACE.finditer(text):
+        if match[0] != "}":
+            opened.append(None if match[0] == "{" else match.end())
+        elif opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, text[start : match.start()])
+    return last

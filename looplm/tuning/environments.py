@@ -73,7 +73,7 @@ def open_environment(settings: EnvironmentSettings) -> Environment:
     """
     scorer: Score
     if settings.reasoning_gym is not None:
-        data = open_family(settings.reasoning_gym, settings.size, settings.seed, **settings.options)
+        data = open_family(settings.reasoning_gym, settings.size, settings.seed, settings.options)
         found, scorer = _of_gym(data, settings), GymScore(data)
     elif settings.source is not None:
         found, scorer = _of_source(settings.source, settings), states_answer
@@ -139,14 +139,19 @@ def tokens_match(problem: Problem, text: str, token_ids: Sequence[int]) -> float
 
 def _of_gym(data: Any, settings: EnvironmentSettings) -> Iterator[_Found]:
     for place in range(len(data)):
-        entry = data[place]
+        try:
+            entry = data[place]
+            own = data.score_answer(answer=entry["answer"], entry=entry) if place < _CHECKED else 1.0
+        except Exception as error:  # whatever a family raises over its options
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"environment {settings.name}: problem {place} cannot be made: {reason}") from None
         question, answer = entry["question"], entry["answer"]
-        if place < _CHECKED and data.score_answer(answer=answer, entry=entry) != 1.0:
+        if own != 1.0:
             raise ValueError(
                 f"environment {settings.name}: its own answer {answer!r} to problem {place} does not score 1, so no "
                 "reward of it can be trusted; choose another family or other options"
             )
-        problem = Problem(_prompt(question, settings, "question"), str(answer), dict(entry))
+        problem = Problem(_prompt(question, settings, "question"), answer, entry)
         yield _Found(problem, content_number(question) % settings.held_out_every == 0)
 
 

@@ -3,16 +3,14 @@
 The paper tried reinforcement learning on DAPO-17K (Ouro section 4.4) and left its settings out; these are ours.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from looplm.data.settings import LocationSettings
+from looplm.data.settings import HUB_PREFIX, LocationSettings
 from looplm.settings import Positive, Section
 
 Prompt = str | list[dict[str, str]] | list[int]
@@ -80,11 +78,10 @@ class EnvironmentSettings(Section):
             raise ValueError(
                 f"give exactly one of reasoning_gym, source and lab; there are {' and '.join(kinds) or 'none'}"
             )
-        foreign = ("options", "size", "seed") if kinds == ["source"] else ()
-        foreign = ("system", "suffix", "raw") if kinds == ["lab"] else foreign
-        wrong = next((name for name in foreign if name in self.model_fields_set), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} does not belong to {kinds[0]}; drop it")
+        foreign = {"source": ("options", "size", "seed"), "lab": ("system", "suffix", "raw")}.get(kinds[0], ())
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name} does not belong to {kinds[0]}; drop it")
         if self.raw and self.system is not None:
             raise ValueError("raw text has no system message; drop system, or write it into suffix")
         return self
@@ -93,7 +90,8 @@ class EnvironmentSettings(Section):
     def name(self) -> str:
         """What a report calls the environment."""
         if self.source is not None:
-            return Path(self.source.location).stem
+            name = self.source.location.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
+            return name.removesuffix(".jsonl").removesuffix(".parquet")
         return self.reasoning_gym or f"lab-{self.lab}"
 
 
@@ -103,7 +101,8 @@ class RewardSettings(Section):
     scorer: Literal["environment", "math-verify"] | None = None
     """The environment's own score, or whether math-verify finds the answer equal to the right one."""
     python: Annotated[str, Field(pattern=r"^.+\.py:[^:]+$")] | None = None
-    """A function of a file, `path/to/file.py:function`, called with prompt, completion, answer and entry by name."""
+    """A function of a file, `path/to/file.py:function`, called with prompt, completion (text, or the token ids in an
+    environment of tokens), answer and entry by name. It runs in processes that share nothing."""
     format: str | None = None
     """A regular expression: 1 where the whole completion matches (`.` matches new lines too)."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -150,8 +149,3 @@ class Scores:
     parts: dict[str, list[float]]
     faults: list[str]
     unparseable: int
-
-    @property
-    def scored(self) -> list[bool]:
-        """Which samples have a reward."""
-        return [not math.isnan(total) for total in self.totals]

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from looplm.tuning.environments import Environment
 from looplm.tuning.problems import Problem, RewardSettings, Score, Scores
-from looplm.tuning.scorers import open_format, open_math_verify, open_python
+from looplm.tuning.scorers import open_environment_score, open_format, open_math_verify, open_python
 from looplm.tuning.scoring import Job, Opener, Result, ScoringPool, result_of
 
 _FEW = 4
@@ -144,11 +144,9 @@ def _opener(reward: RewardSettings, environment: Environment) -> Opener:
         return partial(open_python, Path(path).resolve(), function)
     if reward.format is not None:
         return partial(open_format, reward.format)
-    return open_math_verify if reward.scorer == "math-verify" else partial(_as_it_is, environment.scorer)
-
-
-def _as_it_is(score: Score) -> Score:
-    return score
+    if reward.scorer == "math-verify":
+        return open_math_verify
+    return partial(open_environment_score, environment.scorer, environment.train[0])
 
 
 def _is_unparseable(reward: RewardSettings, result: Result) -> bool:

@@ -8,12 +8,9 @@ itself. Its own time limits use signals and are off: the process that runs it is
 import importlib.util
 import inspect
 import logging
-import math
 import re
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 from looplm.data.stated import marked_answer
 from looplm.tuning.problems import Problem, Score
@@ -35,21 +32,35 @@ def open_math_verify() -> Score:
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own limits are off
 
-    def read(text: str) -> list[Any]:
-        said = marked_answer(text)
-        return list(parse(text if said is None else f"\\boxed{{{said}}}", parsing_timeout=None))
-
     def score(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
         answer = marked_answer(problem.answer) or problem.answer
         right = list(parse(f"\\boxed{{{answer}}}", parsing_timeout=None))
         if not right:
             raise ValueError(f"math-verify cannot read the right answer {problem.answer!r}")
-        said = read(text)
+        said = list(parse(_to_read(text), parsing_timeout=None))
         if not said:
             raise UnparseableError
         return float(verify(right, said, timeout_seconds=None))
 
     score(Problem("", "1"), "1", ())  # what is imported on first use belongs to no sample's time
+    return score
+
+
+def _to_read(text: str) -> str:
+    """A completion as math-verify is to read it.
+
+    It finds boxes, delimited LaTeX and plain numbers by itself. Of bare LaTeX it would take the first number: there the
+    last line is the answer.
+    """
+    said = marked_answer(text)
+    if said is None and "\\" in text and not any(mark in text for mark in ("$", "\\(", "\\[")):
+        said = text.strip().rpartition("\n")[2]
+    return text if said is None else f"\\boxed{{{said.rstrip('. ')}}}"
+
+
+def open_environment_score(score: Score, problem: Problem) -> Score:
+    """An environment's own score, after it has been run once on a problem's own answer."""
+    score(problem, problem.answer, ())
     return score
 
 
@@ -86,18 +97,6 @@ def open_format(pattern: str) -> Score:
     """1 where the whole completion matches; `.` matches new lines too."""
     compiled = re.compile(pattern, re.DOTALL)
     return lambda problem, text, token_ids: float(compiled.fullmatch(text) is not None)
-
-
-def checked(reward: object) -> float:
-    """A reward as a float.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        kind = type(reward).__name__
-        raise ValueError(f"a reward must be a finite number, and this is {str(reward)[:60]!r} ({kind})")
-    return float(reward)
 
 
 def told(error: BaseException) -> str:

@@ -6,6 +6,7 @@ interrupt C code, so each worker is a process that has one sample at a time. Wor
 a process that has run torch may hang), and import no torch themselves.
 """
 
+import math
 import multiprocessing
 import signal
 import time
@@ -13,18 +14,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from numbers import Real
 from typing import Literal, NamedTuple
 
 from looplm.data.workers import available_cores
 from looplm.tuning.problems import Problem, Score
-from looplm.tuning.scorers import UnparseableError, checked, told
+from looplm.tuning.scorers import UnparseableError, told
 
 Opener = Callable[[], Score]
 """Called once in each worker; it can be pickled."""
 _MOST = 8
 _OPENING = 120.0
 """Seconds for a worker to import and open what it needs."""
-_GRACE = 5
+_GRACE = 1
 """Seconds beyond its limit after which a worker whose parent is gone ends itself."""
 
 
@@ -55,11 +57,14 @@ class Result:
 def result_of(score: Score, job: Job) -> Result:
     """Run a scorer on a job here."""
     try:
-        return Result("score", checked(score(job.problem, job.text, job.token_ids)))
+        reward: object = score(job.problem, job.text, job.token_ids)
     except UnparseableError:
         return Result("unparseable")
     except (Exception, SystemExit) as error:  # whatever a scorer raises is the sample's fault, not the run's
         return Result("fault", said=f"raised {told(error)}")
+    if isinstance(reward, Real) and math.isfinite(reward):
+        return Result("score", float(reward))
+    return Result("fault", said=f"returned {str(reward)[:60]!r} ({type(reward).__name__}), not a finite number")
 
 
 class ScoringPool:
@@ -163,7 +168,10 @@ class _Worker:
             try:
                 said = self.connection.recv()
             except (EOFError, OSError):
-                said = "the process that scores ended while it was opened"
+                said = (
+                    "a process that scores ended before it began; a script that opens rewards does so below "
+                    '`if __name__ == "__main__":`'
+                )
         if said:
             raise ValueError(said)
 
