@@ -3,8 +3,8 @@
     python benchmarks/rollouts.py [MODEL]       # runs/sums-sft-cpu/model by default, its running sums as prompts
 
 16 prompts x 8 samples, fp32, one thread. `generate` is what TRL's loop calls: all samples in one padded batch, until
-the last has ended. The engine drops a sample that has ended, and a token's loops when it exits. Both at full depth; then
-the engine with exits drawn from the gate. The learner runs forward and backward over the samples of the drawn
+the last has ended. The engine drops a sample that has ended, and a token's loops when it exits. Both at full depth;
+then the engine with exits drawn from the gate. The learner runs forward and backward over the samples of the drawn
 rollout, at their recorded depths and at full depth. Ratios of the best of several turns, which take turns.
 """
 

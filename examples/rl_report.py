@@ -1,0 +1,138 @@
+"""Tables, figures and verdicts of `examples/rl_study.py`: docs/results/rl.md and the rows it is made from.
+
+Differences are paired by seed (the same supervised model, the same problems in the same order); intervals and p-values
+are those of the lab (`looplm.lab.statistics`), Holm over all contrasts.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from looplm.files import write_json, write_text
+from looplm.lab.figures import dot_chart, line_chart
+from looplm.lab.statistics import holm, interval, p_greater
+
+Rows = dict[tuple[str, int], dict[str, Any]]
+
+
+def report(rules: dict[str, Any], root: Path, results: Path) -> None:
+    """Write what the runs there are say."""
+    rows = _rows(rules, root)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / "rows.json", [_slim(row) for row in rows.values()])
+    verdicts = _verdicts(rules, rows)
+    write_json(results / "verdicts.json", verdicts)
+    _figures(rules, rows, results)
+    write_text(results.with_suffix(".md"), "\n".join(_page(rules, rows, verdicts)) + "\n")
+
+
+def _rows(rules: dict[str, Any], root: Path) -> Rows:
+    found: Rows = {}
+    for arm in ("sft", *rules["arms"]):
+        for seed in rules["seeds"]:
+            folder = root / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
+            if (folder / "row.json").is_file():
+                row = json.loads((folder / "row.json").read_text("utf-8"))
+                calibrated = folder / "calibrated.json"
+                row["calibrated"] = json.loads(calibrated.read_text("utf-8")) if calibrated.is_file() else None
+                found[arm, seed] = row
+    return found
+
+
+def _slim(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the outcomes of single problems."""
+    if isinstance(row, dict):
+        return {key: _slim(value) for key, value in row.items() if key not in ("outcomes", "depths")}
+    return row
+
+
+def _value(row: dict[str, Any], side: dict[str, Any]) -> float | None:
+    """The outcome that a side of a contrast reads."""
+    if side.get("calibrated"):
+        return None if row["calibrated"] is None else row["calibrated"]["outcome"]
+    return (row["by_loops"][str(side["loops"])] if "loops" in side else row["own"])["outcome"]
+
+
+def _verdicts(rules: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
+    found = []
+    for contrast in rules["contrasts"]:
+        left, right = contrast["left"], contrast["right"]
+        pairs = []
+        for seed in rules["seeds"]:
+            if (left["arm"], seed) in rows and (right["arm"], seed) in rows:
+                values = [_value(rows[side["arm"], seed], side) for side in (left, right)]
+                if None not in values:
+                    pairs.append(values[0] - values[1])  # type: ignore[operator]
+        if len(pairs) >= 2:
+            low, high = interval(pairs)
+            entry = {**contrast, "differences": pairs, "mean": statistics.fmean(pairs), "low": low, "high": high}
+            found.append({**entry, "p": p_greater(pairs, contrast["margin"])})
+    for entry, adjusted in zip(found, holm([entry["p"] for entry in found]), strict=True):
+        entry["p_holm"] = adjusted
+        entry["verdict"] = "holds" if adjusted < 0.05 else "in direction" if entry["mean"] > 0 else "does not hold"
+    return found
+
+
+def _figures(rules: dict[str, Any], rows: Rows, results: Path) -> None:
+    arms = ["sft", *rules["arms"]]
+    outcome = {arm: [rows[arm, s]["own"]["outcome"] for s in rules["seeds"] if (arm, s) in rows] for arm in arms}
+    loops = {arm: [rows[arm, s]["own"]["mean_depth"] for s in rules["seeds"] if (arm, s) in rows] for arm in arms}
+    write_text(results / "outcome.svg", dot_chart(outcome, "Held-out problems answered rightly", "share"))
+    write_text(results / "loops.svg", dot_chart(loops, "Mean loops of a generated token", "loops"))
+    sweep: dict[str, dict[float, list[float]]] = {}
+    for (arm, _), row in rows.items():
+        for name, part in (("before SFT", row.get("base")), (arm, row["by_loops"])):
+            if part and arm in ("sft", "fixed 4", "sampled"):
+                for at, measured in part.items():
+                    sweep.setdefault(name, {}).setdefault(float(at), []).append(measured["outcome"])
+    write_text(results / "sweep.svg", line_chart(sweep, "Outcome by loops at inference", "loops", "share"))
+
+
+def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> list[str]:
+    lines = ["# Reinforcement learning with depths", "", "```bash"]
+    lines += [line.strip() for line in (_command() or "").splitlines()] + ["```", ""]
+    lines += ["![outcome](rl/outcome.svg)", "![loops](rl/loops.svg)", "![sweep](rl/sweep.svg)", ""]
+    lines += ["| arm | rate | outcome, every seed | mean | mean loops | tokens | learner - rollout | ignoring depths |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for arm in ("sft", *rules["arms"]):
+        mine = [rows[arm, seed] for seed in rules["seeds"] if (arm, seed) in rows]
+        if mine:
+            lines.append(_line(arm, mine))
+    lines += ["", "| question | contrast | difference, every seed | mean (95 %) | margin | p (Holm) | |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for entry in verdicts:
+        each = " ".join(f"{value:+.3f}" for value in entry["differences"])
+        mean = f"{entry['mean']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})"
+        sides = f"{_side(entry['left'])} above {_side(entry['right'])}"
+        tail = f"{entry['margin']:+.2f} | {entry['p_holm']:.3f} | {entry['verdict']}"
+        lines.append(f"| {entry['question']} | {sides} | {each} | {mean} | {tail} |")
+    return lines
+
+
+def _command() -> str:
+    import rl_study
+
+    return "\n".join(line for line in (rl_study.__doc__ or "").splitlines() if line.startswith("    "))
+
+
+def _line(arm: str, mine: list[dict[str, Any]]) -> str:
+    outcomes = [row["own"]["outcome"] for row in mine]
+    away = [value for row in mine for value in (row.get("agreement") or {}).values() if value is not None]
+    ignoring = [row["ignoring_depths"] for row in mine if row.get("ignoring_depths")]
+    cells = [
+        arm,
+        f"{mine[0]['rate']:g}" if "rate" in mine[0] else "",
+        " ".join(f"{value:.3f}" for value in outcomes),
+        f"{statistics.fmean(outcomes):.3f}",
+        f"{statistics.fmean(row['own']['mean_depth'] for row in mine):.2f}",
+        f"{statistics.fmean(row['own']['length'] for row in mine):.1f}",
+        f"{max(away):.1e}" if away else "",
+        f"{max(found['largest'] for found in ignoring):.2f} nats" if ignoring else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _side(side: dict[str, Any]) -> str:
+    at = f" at {side['loops']} loops" if "loops" in side else ", calibrated exits" if side.get("calibrated") else ""
+    return side["arm"] + at
