@@ -1,9 +1,9 @@
 """The rewards of rollouts: weighted sums of scores, with every sample that could not be scored counted and named.
 
 What is not this package's own code (math-verify, reasoning-gym's scorers, a user's function, a regular expression) runs
-in worker processes with a time limit (`looplm.tuning.scoring`). An answer that math-verify cannot read is wrong, and so
-is one over which it does not come to an end. Anything else that goes wrong makes the sample NaN; the run goes on until
-too many of a call are.
+in worker processes with a time limit (`looplm.tuning.scoring`). An answer that math-verify or a family cannot read is
+wrong, and so is one over which it does not come to an end. Anything else that goes wrong makes the sample NaN; the run
+goes on until too many of a call are.
 """
 
 import math
@@ -14,7 +14,7 @@ from types import TracebackType
 
 from looplm.tuning.environments import Environment
 from looplm.tuning.problems import Problem, RewardSettings, Score, Scores
-from looplm.tuning.scorers import open_environment_score, open_format, open_math_verify, open_python
+from looplm.tuning.scorers import open_format, open_math_verify, open_python
 from looplm.tuning.scoring import Job, Opener, Result, ScoringPool, result_of
 
 _FEW = 4
@@ -45,7 +45,7 @@ class Rewards:
         openers: list[tuple[int, Opener]] = []
         for place, reward in enumerate(settings):
             if reward.scorer == "environment" and not environment.isolated:
-                self._here[place] = environment.scorer
+                self._here[place] = environment.open_score()
             else:
                 openers.append((place, _opener(reward, environment)))
         self._jobs_of = {place: number for number, (place, _) in enumerate(openers)}
@@ -144,13 +144,11 @@ def _opener(reward: RewardSettings, environment: Environment) -> Opener:
         return partial(open_python, Path(path).resolve(), function)
     if reward.format is not None:
         return partial(open_format, reward.format)
-    if reward.scorer == "math-verify":
-        return open_math_verify
-    return partial(open_environment_score, environment.scorer, environment.train[0])
+    return open_math_verify if reward.scorer == "math-verify" else environment.open_score
 
 
 def _is_unparseable(reward: RewardSettings, result: Result) -> bool:
-    return result.kind == "unparseable" or (result.kind == "late" and reward.scorer == "math-verify")
+    return result.kind == "unparseable" or (result.kind == "late" and reward.scorer is not None)
 
 
 def _values(

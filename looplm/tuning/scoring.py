@@ -27,7 +27,7 @@ _MOST = 8
 _OPENING = 120.0
 """Seconds for a worker to import and open what it needs."""
 _GRACE = 1
-"""Seconds beyond its limit after which a worker whose parent is gone ends itself."""
+"""Seconds beyond its limit after which a worker that nobody has ended, for its parent is gone, ends itself."""
 
 
 class Job(NamedTuple):
@@ -190,14 +190,19 @@ class _Worker:
                 result = self.connection.recv()
             except (EOFError, OSError):
                 self.sound = False
-                result = Result("fault", said="ended the process that scores")
+                self._process.join()
+                late = self._process.exitcode == -signal.SIGALRM  # its own alarm, where this side came to look too late
+                result = self._late() if late else Result("fault", said="ended the process that scores")
         elif time.monotonic() >= self.deadline:
             self.sound = False
-            result = Result("late", said=f"did not end within {self._seconds:g} s")
+            result = self._late()
         else:
             return None
         number, self.number = self.number, None
         return number, result
+
+    def _late(self) -> Result:
+        return Result("late", said=f"did not end within {self._seconds:g} s")
 
     def close(self) -> None:
         """End it, whatever it does."""
