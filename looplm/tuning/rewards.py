@@ -18,7 +18,7 @@ from looplm.tuning.scorers import open_format, open_math_verify, open_python
 from looplm.tuning.scoring import Job, Opener, Result, ScoringPool, result_of
 
 _FEW = 4
-"""So many faults are never too many."""
+"""Fewer faults than this are never too many."""
 _SHOWN = 60
 """Characters of a prompt in the name of a sample."""
 
@@ -30,6 +30,10 @@ class Rewards:
         settings: at least one reward; the first is the outcome unless another says so.
         environment: whose problems are scored.
         patience: the share of faulty samples of a call, more than which (and more than 3) end the run.
+
+    Attributes:
+        names: of the rewards, the keys of `Scores.parts`.
+        outcome: the name of the one that is the outcome.
 
     Raises:
         ValueError: no reward, two outcomes, a reward that does not fit the environment or cannot be opened.
