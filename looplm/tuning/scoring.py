@@ -91,8 +91,11 @@ class ScoringPool:
             self.close()
             raise
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
+    def run(self, jobs: Sequence[Job], on_result: Callable[[int, Result], object]) -> list[Result]:
         """The results of jobs, in their order.
+
+        Args:
+            on_result: told of each result as it comes, with the place of its job; where it raises, the pool is closed.
 
         Raises:
             ValueError: the pool is closed, or a scorer that was opened before can no longer be.
@@ -108,7 +111,9 @@ class ScoringPool:
                         number, job = waiting.pop()
                         worker.start(number, job, self._seconds[job.scorer])
                 self._wait()
-                results.update(done for worker in self._workers if (done := worker.finished()) is not None)
+                for done in [found for worker in self._workers if (found := worker.finished()) is not None]:
+                    results[done[0]] = done[1]
+                    on_result(*done)
                 self._replace()
         except BaseException:  # what is still running would answer the next call
             self.close()
