@@ -180,9 +180,10 @@ class _Tally:
             return
         name, faults = self._names[place], self.faults.setdefault(place, {})
         faults[sample] = f"reward {name} {result.said} on sample {sample} (prompt {_shown(self._problems[sample])})"
-        if len(faults) >= _FEW and len(faults) > self._patience * len(self._problems):
+        asked = len(self._problems)
+        if len(faults) >= _FEW and len(faults) > self._patience * asked:
             raise ValueError(
-                f"reward {name} fails on {len(faults)} or more of {len(self._problems)} samples: {faults[min(faults)]}; "
+                f"reward {name} fails on {len(faults)} or more of {asked} samples: {faults[min(faults)]}; "
                 "mend it and start the run again, which goes on from its last checkpoint"
             )
 
