@@ -83,12 +83,8 @@ class Source:
         plain = next((path for path in self.files if path.suffix not in _READERS), None)
         if plain is not None:
             raise ValueError(f"{plain} is plain text; records with fields are needed (.jsonl or .parquet)")
-        rows = (
-            self._rows()
-            if self.settings.is_hub
-            else (row for path in self.files for row in _READERS[path.suffix](path))
-        )
-        return islice(rows, self.settings.limit)
+        below = (row for path in self.files for row in _READERS[path.suffix](path))
+        return islice(self._rows() if self.settings.is_hub else below, self.settings.limit)
 
     def _file_documents(self) -> Iterator[tuple[Document, float]]:
         before, field = 0, self.settings.messages_field or self.settings.text_field

@@ -8,8 +8,9 @@ The lab shares out its items itself, by their canonical form. Loads no torch.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,9 @@ from looplm.data.gym import open_family
 from looplm.data.settings import LocationSettings, SourceSettings
 from looplm.data.sources import Record, check_text, names_of, open_source
 from looplm.data.splitting import content_number
-from looplm.data.stated import marked_answer, states
 from looplm.lab.tasks import Batch, Split, Task, make_task
 from looplm.tuning.problems import EnvironmentSettings, Problem, ProblemSource, Prompt, Score
+from looplm.tuning.scorers import UnparseableError, open_gym, open_stated, open_tokens
 
 _CHECKED = 32
 """Problems whose own answer must score 1 before a family is used."""
@@ -34,7 +35,7 @@ class Environment:
     Attributes:
         name: what a report calls it.
         train, test: problems in the order they were made or read; no prompt is in both.
-        scorer: the score of a completion; it can be sent to another process.
+        open_score: opens its own score, where that is to run.
         isolated: whether scoring runs other people's code on what a model has written, which may hang.
         counts: problems read, and those left out, by reason.
     """
@@ -42,19 +43,26 @@ class Environment:
     name: str
     train: list[Problem]
     test: list[Problem]
-    scorer: Score
+    open_score: Callable[[], Score]
     isolated: bool
     counts: dict[str, int]
 
+    @cached_property
+    def _score(self) -> Score:
+        return self.open_score()
+
     def score(self, problem: Problem, text: str, token_ids: Sequence[int]) -> float:
-        """The environment's own reward of a completion, 0 to 1, in this process.
+        """The environment's own reward of a completion, 0 to 1, in this process; 0 for one that cannot be read.
 
         Args:
             problem: one of this environment's.
             text: the completion without special tokens.
             token_ids: its tokens.
         """
-        return self.scorer(problem, text, token_ids)
+        try:
+            return self._score(problem, text, token_ids)
+        except UnparseableError:
+            return 0.0
 
 
 class _Found(NamedTuple):
@@ -71,14 +79,13 @@ def open_environment(settings: EnvironmentSettings) -> Environment:
         ValueError: an unknown family, task or option, a missing package, file or field, a family whose own answers do
             not score 1, or too few problems for both sides.
     """
-    scorer: Score
+    score: Callable[[], Score]
     if settings.reasoning_gym is not None:
-        data = open_family(settings.reasoning_gym, settings.size, settings.seed, settings.options)
-        found, scorer = _of_gym(data, settings), GymScore(data)
+        found, score = _of_gym(settings), partial(open_gym, settings.reasoning_gym, settings.options)
     elif settings.source is not None:
-        found, scorer = _of_source(settings.source, settings), states_answer
+        found, score = _of_source(settings.source, settings), open_stated
     else:
-        found, scorer = _of_lab(settings), tokens_match
+        found, score = _of_lab(settings), open_tokens
     train, test, counts = _shared_out(found)
     for side, problems in (("training", train), ("test", test)):
         if not problems:
@@ -86,7 +93,7 @@ def open_environment(settings: EnvironmentSettings) -> Environment:
                 f"environment {settings.name}: {len(train) + len(test)} different problems, none of them for {side}; "
                 f"give more problems, or another held_out_every than {settings.held_out_every}"
             )
-    return Environment(settings.name, train, test, scorer, isinstance(scorer, GymScore), counts)
+    return Environment(settings.name, train, test, score, settings.reasoning_gym is not None, counts)
 
 
 def _shared_out(found: Iterable[_Found]) -> tuple[list[Problem], list[Problem], dict[str, int]]:
@@ -112,32 +119,9 @@ def _shared_out(found: Iterable[_Found]) -> tuple[list[Problem], list[Problem], 
     return sides[False], sides[True], dict(counts)
 
 
-@dataclass(frozen=True)
-class GymScore:
-    """The score of a reasoning-gym family, of what the text marks as its answer or else of all of it."""
-
-    data: Any
-    """The family's data set."""
-
-    def __call__(self, problem: Problem, text: str, token_ids: Sequence[int]) -> float:
-        """Score one completion."""
-        said = marked_answer(text)
-        return float(self.data.score_answer(answer=text.strip() if said is None else said, entry=problem.entry))
-
-
-def states_answer(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
-    """1 where the text states the answer (`looplm.data.stated`)."""
-    return float(states(text, problem.answer))
-
-
-def tokens_match(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
-    """1 where the completion begins with the answer's tokens; as in the lab, what follows is not graded."""
-    wanted = problem.answer_tokens
-    assert wanted is not None
-    return float(list(token_ids[: len(wanted)]) == wanted)
-
-
-def _of_gym(data: Any, settings: EnvironmentSettings) -> Iterator[_Found]:
+def _of_gym(settings: EnvironmentSettings) -> Iterator[_Found]:
+    assert settings.reasoning_gym is not None
+    data = open_family(settings.reasoning_gym, settings.size, settings.seed, settings.options)
     for place in range(len(data)):
         try:
             entry = data[place]

@@ -141,7 +141,7 @@ class Scores:
         outcomes: the reward that is the outcome; NaN likewise.
         parts: every reward by its name, unweighted.
         faults: what went wrong, a sentence for each sample and reward; those samples are NaN.
-        unparseable: answers in which math-verify found nothing or did not come to an end; they score 0.
+        unparseable: answers that math-verify or a family could not read, or not to an end in time; they score 0.
     """
 
     totals: list[float]

@@ -1,9 +1,9 @@
 """The rewards of rollouts: weighted sums of scores, with every sample that could not be scored counted and named.
 
 What is not this package's own code (math-verify, reasoning-gym's scorers, a user's function, a regular expression) runs
-in worker processes with a time limit (`looplm.tuning.scoring`). An answer that math-verify cannot read is wrong, and so
-is one over which it does not come to an end. Anything else that goes wrong makes the sample NaN; the run goes on until
-too many of a call are.
+in worker processes with a time limit (`looplm.tuning.scoring`). An answer that math-verify or a family cannot read is
+wrong, and so is one over which it does not come to an end. Anything else that goes wrong makes the sample NaN; the run
+goes on until too many of a call are.
 """
 
 import math
@@ -14,11 +14,11 @@ from types import TracebackType
 
 from looplm.tuning.environments import Environment
 from looplm.tuning.problems import Problem, RewardSettings, Score, Scores
-from looplm.tuning.scorers import open_environment_score, open_format, open_math_verify, open_python
+from looplm.tuning.scorers import open_format, open_math_verify, open_python
 from looplm.tuning.scoring import Job, Opener, Result, ScoringPool, result_of
 
 _FEW = 4
-"""So many faults are never too many."""
+"""Fewer faults than this are never too many."""
 _SHOWN = 60
 """Characters of a prompt in the name of a sample."""
 
@@ -31,6 +31,10 @@ class Rewards:
         environment: whose problems are scored.
         patience: the share of faulty samples of a call, more than which (and more than 3) end the run.
 
+    Attributes:
+        names: of the rewards, the keys of `Scores.parts`.
+        outcome: the name of the one that is the outcome.
+
     Raises:
         ValueError: no reward, two outcomes, a reward that does not fit the environment or cannot be opened.
     """
@@ -42,15 +46,14 @@ class Rewards:
         chosen = [place for place, reward in enumerate(settings) if reward.outcome]
         self.outcome = self.names[chosen[0] if chosen else 0]
         self._here: dict[int, Score] = {}
-        openers: list[tuple[int, Opener]] = []
+        self._there: list[int] = []
         for place, reward in enumerate(settings):
             if reward.scorer == "environment" and not environment.isolated:
-                self._here[place] = environment.scorer
+                self._here[place] = environment.open_score()
             else:
-                openers.append((place, _opener(reward, environment)))
-        self._jobs_of = {place: number for number, (place, _) in enumerate(openers)}
-        limits = [settings[place].seconds for place, _ in openers]
-        self._pool = ScoringPool([opener for _, opener in openers], limits) if openers else None
+                self._there.append(place)
+        openers = [_opener(settings[place], environment) for place in self._there]
+        self._pool = ScoringPool(openers, [settings[place].seconds for place in self._there]) if openers else None
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> Scores:
         """Score completions, one a problem.
@@ -67,39 +70,34 @@ class Rewards:
             raise ValueError(
                 f"{len(problems)} problems, {len(texts)} texts, {len(token_ids)} lists of tokens: not as many"
             )
-        results = self._results(problems, texts, token_ids)
-        parts, faults, unparseable = {}, list[str](), 0
-        for name, reward, found in zip(self.names, self._settings, results, strict=True):
-            parts[name], wrong = _values(name, reward, found, problems)
-            unparseable += sum(_is_unparseable(reward, result) for result in found)
-            if len(wrong) >= _FEW and len(wrong) > self._patience * len(found):
-                raise ValueError(
-                    f"reward {name} failed on {len(wrong)} of {len(found)} samples: {wrong[0]}; "
-                    "mend it and start the run again, which goes on from its last checkpoint"
-                )
-            faults += wrong
+        tally = _Tally(self.names, self._settings, problems, self._patience)
+        samples = [(problem, text, list(ids)) for problem, text, ids in zip(problems, texts, token_ids, strict=True)]
+        results = self._results(samples, tally)
+        parts = {name: tally.values(place, results[place]) for place, name in enumerate(self.names)}
         weights = [reward.weight for reward in self._settings]
         totals = [
             math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
             for values in zip(*parts.values(), strict=True)
         ]
-        return Scores(totals, parts[self.outcome], parts, faults, unparseable)
+        faults = [sentence for place in sorted(tally.faults) for _, sentence in sorted(tally.faults[place].items())]
+        return Scores(totals, parts[self.outcome], parts, faults, tally.unparseable)
 
-    def _results(
-        self, problems: Sequence[Problem], texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-    ) -> list[list[Result]]:
-        """Of each reward, in the order of the settings, the results of all samples."""
-        samples = [(problem, text, list(ids)) for problem, text, ids in zip(problems, texts, token_ids, strict=True)]
-        there = [Job(number, *sample) for number in self._jobs_of.values() for sample in samples]
-        done = self._pool.run(there) if self._pool is not None else []
-        results = []
-        for place in range(len(self._settings)):
-            if place in self._here:
-                score = self._here[place]
-                results.append([result_of(score, Job(0, *sample)) for sample in samples])
-            else:
-                first = self._jobs_of[place] * len(samples)
-                results.append(done[first : first + len(samples)])
+    def _results(self, samples: Sequence[tuple[Problem, str, list[int]]], tally: "_Tally") -> dict[int, list[Result]]:
+        """Of each reward, by its place, the results of all samples."""
+        results: dict[int, list[Result]] = {}
+        for place, score in self._here.items():
+            results[place] = [result_of(score, Job(0, *sample)) for sample in samples]
+            for number, result in enumerate(results[place]):
+                tally.add(place, number, result)
+        if self._pool is not None:
+            jobs = [Job(number, *sample) for number in range(len(self._there)) for sample in samples]
+
+            def on_result(number: int, result: Result) -> None:
+                tally.add(self._there[number // len(samples)], number % len(samples), result)
+
+            done = self._pool.run(jobs, on_result)
+            for number, place in enumerate(self._there):
+                results[place] = done[number * len(samples) : (number + 1) * len(samples)]
         return results
 
     def close(self) -> None:
@@ -124,7 +122,9 @@ def _check(settings: Sequence[RewardSettings], environment: Environment, patienc
         raise ValueError(f"the rewards {' and '.join(outcomes)} both have outcome: true; one is the outcome")
     if not 0 <= patience <= 1:
         raise ValueError(f"patience is {patience}; give a share of samples, 0 to 1")
-    texts = next((reward.name for reward in settings if reward.scorer == "math-verify" or reward.format), None)
+    texts = next(
+        (reward.name for reward in settings if reward.scorer == "math-verify" or reward.format is not None), None
+    )
     if texts is not None and environment.train[0].answer_tokens is not None:
         raise ValueError(f"reward {texts} reads text, and {environment.name} has tokens; use scorer: environment")
 
@@ -144,27 +144,48 @@ def _opener(reward: RewardSettings, environment: Environment) -> Opener:
         return partial(open_python, Path(path).resolve(), function)
     if reward.format is not None:
         return partial(open_format, reward.format)
-    if reward.scorer == "math-verify":
-        return open_math_verify
-    return partial(open_environment_score, environment.scorer, environment.train[0])
+    return open_math_verify if reward.scorer == "math-verify" else environment.open_score
 
 
-def _is_unparseable(reward: RewardSettings, result: Result) -> bool:
-    return result.kind == "unparseable" or (result.kind == "late" and reward.scorer == "math-verify")
+class _Tally:
+    """What went wrong in a call so far.
 
+    Attributes:
+        faults: of each reward by its place, a sentence for each faulty sample by its number.
+        unparseable: answers that could not be read.
+    """
 
-def _values(
-    name: str, reward: RewardSettings, results: Sequence[Result], problems: Sequence[Problem]
-) -> tuple[list[float], list[str]]:
-    """The values of a reward, NaN where it failed, and a sentence for each failure."""
-    values, faults = [], []
-    for place, (result, problem) in enumerate(zip(results, problems, strict=True)):
-        if result.kind == "score" or _is_unparseable(reward, result):
-            values.append(result.value)
-        else:
-            values.append(math.nan)
-            faults.append(f"reward {name} {result.said} on sample {place} (prompt {_shown(problem)})")
-    return values, faults
+    def __init__(
+        self, names: Sequence[str], settings: Sequence[RewardSettings], problems: Sequence[Problem], patience: float
+    ):
+        self._names, self._settings, self._problems, self._patience = names, settings, problems, patience
+        self.faults: dict[int, dict[int, str]] = {}
+        self.unparseable = 0
+
+    def values(self, place: int, results: Sequence[Result]) -> list[float]:
+        """The values of a reward, NaN where it failed."""
+        wrong = self.faults.get(place, {})
+        return [math.nan if sample in wrong else result.value for sample, result in enumerate(results)]
+
+    def add(self, place: int, sample: int, result: Result) -> None:
+        """Take note of a result.
+
+        Raises:
+            ValueError: too many samples of this reward are faulty; nobody waits for the rest of them to fail.
+        """
+        if result.kind == "score":
+            return
+        if result.kind == "unparseable" or (result.kind == "late" and self._settings[place].scorer is not None):
+            self.unparseable += 1
+            return
+        name, faults = self._names[place], self.faults.setdefault(place, {})
+        faults[sample] = f"reward {name} {result.said} on sample {sample} (prompt {_shown(self._problems[sample])})"
+        asked = len(self._problems)
+        if len(faults) >= _FEW and len(faults) > self._patience * asked:
+            raise ValueError(
+                f"reward {name} fails on {len(faults)} or more of {asked} samples: {faults[min(faults)]}; "
+                "mend it and start the run again, which goes on from its last checkpoint"
+            )
 
 
 def _shown(problem: Problem) -> str:

@@ -1,4 +1,4 @@
-r"""Single scores of a completion, as functions that a worker process opens: math-verify, a Python function, a format.
+r"""Scores of a completion, opened where they run: an environment's own, math-verify, a Python function, a format.
 
 Each `open_*` returns a function of (problem, text, token ids). math-verify (a parser of answers in LaTeX and plain
 notation over sympy) is told where the answer stands when the text marks it (`looplm.data.stated`); else it looks for
@@ -9,15 +9,55 @@ import importlib.util
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from looplm.data.stated import marked_answer
+from looplm.data.gym import open_family
+from looplm.data.stated import marked_answer, states
 from looplm.tuning.problems import Problem, Score
 
 
 class UnparseableError(Exception):
     """The completion holds no answer that could be read; it scores 0."""
+
+
+def open_stated() -> Score:
+    """1 where the text states the problem's answer (`looplm.data.stated`)."""
+    return lambda problem, text, token_ids: float(states(text, problem.answer))
+
+
+def open_tokens() -> Score:
+    """1 where the completion begins with the answer's tokens; as in the lab, what follows is not graded."""
+
+    def score(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
+        wanted = problem.answer_tokens
+        assert wanted is not None
+        return float(list(token_ids[: len(wanted)]) == wanted)
+
+    return score
+
+
+def open_gym(family: str, options: Mapping[str, Any]) -> Score:
+    """The score of a reasoning-gym family, of what the text marks as its answer or else of all of it.
+
+    Some families raise errors over an answer that is not of their form: it could not be read.
+
+    Raises:
+        ValueError: see `open_family`.
+    """
+    data = open_family(family, 1, 0, options)
+
+    def score(problem: Problem, text: str, token_ids: Sequence[int]) -> float:
+        said = marked_answer(text)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return float(data.score_answer(text.strip() if said is None else said, problem.entry))
+        except Exception as error:
+            raise UnparseableError from error
+
+    return score
 
 
 def open_math_verify() -> Score:
@@ -56,12 +96,6 @@ def _to_read(text: str) -> str:
     if said is None and "\\" in text and not any(mark in text for mark in ("$", "\\(", "\\[")):
         said = text.strip().rpartition("\n")[2]
     return text if said is None else f"\\boxed{{{said.rstrip('. ')}}}"
-
-
-def open_environment_score(score: Score, problem: Problem) -> Score:
-    """An environment's own score, after it has been run once on a problem's own answer."""
-    score(problem, problem.answer, ())
-    return score
 
 
 def open_python(path: Path, function: str) -> Score:

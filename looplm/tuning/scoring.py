@@ -27,7 +27,7 @@ _MOST = 8
 _OPENING = 120.0
 """Seconds for a worker to import and open what it needs."""
 _GRACE = 1
-"""Seconds beyond its limit after which a worker whose parent is gone ends itself."""
+"""Seconds beyond its limit after which a worker that nobody has ended, for its parent is gone, ends itself."""
 
 
 class Job(NamedTuple):
@@ -91,8 +91,11 @@ class ScoringPool:
             self.close()
             raise
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
+    def run(self, jobs: Sequence[Job], on_result: Callable[[int, Result], object]) -> list[Result]:
         """The results of jobs, in their order.
+
+        Args:
+            on_result: told of each result as it comes, with the place of its job; where it raises, the pool is closed.
 
         Raises:
             ValueError: the pool is closed, or a scorer that was opened before can no longer be.
@@ -108,7 +111,9 @@ class ScoringPool:
                         number, job = waiting.pop()
                         worker.start(number, job, self._seconds[job.scorer])
                 self._wait()
-                results.update(done for worker in self._workers if (done := worker.finished()) is not None)
+                for done in [found for worker in self._workers if (found := worker.finished()) is not None]:
+                    results[done[0]] = done[1]
+                    on_result(*done)
                 self._replace()
         except BaseException:  # what is still running would answer the next call
             self.close()
@@ -190,14 +195,19 @@ class _Worker:
                 result = self.connection.recv()
             except (EOFError, OSError):
                 self.sound = False
-                result = Result("fault", said="ended the process that scores")
+                self._process.join()
+                late = self._process.exitcode == -signal.SIGALRM  # its own alarm, where this side came to look too late
+                result = self._late() if late else Result("fault", said="ended the process that scores")
         elif time.monotonic() >= self.deadline:
             self.sound = False
-            result = Result("late", said=f"did not end within {self._seconds:g} s")
+            result = self._late()
         else:
             return None
         number, self.number = self.number, None
         return number, result
+
+    def _late(self) -> Result:
+        return Result("late", said=f"did not end within {self._seconds:g} s")
 
     def close(self) -> None:
         """End it, whatever it does."""

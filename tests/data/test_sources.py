@@ -57,6 +57,19 @@ class TestFiles:
         assert read(tmp_path, pattern="**/*.py") == ["top", "deep"]
         assert read(tmp_path, pattern="*.py") == ["top"]
 
+    def test_records_come_with_all_fields_and_their_place(self, tmp_path, parquet):
+        write(tmp_path / "a.jsonl", '{"q": "x", "a": {"b": 1}}\n\n{"q": " ", "a": null}\n')
+        parquet(tmp_path / "b.parquet", {"q": ["y", "z"], "a": [1.5, 2.5]})
+        source = open_source("web", SourceSettings(location=str(tmp_path), limit=3))
+        assert [(record.fields, record.where.removeprefix(str(tmp_path))) for record in source.records()] == [
+            ({"q": "x", "a": {"b": 1}}, "/a.jsonl, line 1"),
+            ({"q": " ", "a": None}, "/a.jsonl, line 3"),
+            ({"q": "y", "a": 1.5}, "/b.parquet, row 1"),
+        ]
+        write(tmp_path / "c.txt", "no record")
+        with pytest.raises(ValueError, match=r"c\.txt is plain text; records with fields are needed"):
+            open_source("web", SourceSettings(location=str(tmp_path))).records()
+
     def test_limit_counts_documents(self, tmp_path):
         source = write(tmp_path / "a.jsonl", '{"text": "x"}\n{"text": " "}\n{"text": "y"}\n{"text": "z"}\nbroken')
         assert read(source, limit=2) == ["x", "y"]

@@ -130,6 +130,16 @@ def test_without_reasoning_gym_the_error_says_how_to_get_it(monkeypatch: pytest.
         environment(reasoning_gym="chain_sum")
 
 
+def test_families_that_depend_on_the_order_of_sets_need_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(
+        ValueError, match=r"word_ladder asks other questions in every process; start with PYTHONHASHSEED=0"
+    ):
+        environment(reasoning_gym="word_ladder", size=20)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert environment(reasoning_gym="word_ladder", size=20, held_out_every=2).train
+
+
 def test_a_family_that_does_not_verify_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("looplm.data.gym._UNFIT", ())
     with pytest.raises(ValueError, match=r"graph_color: its own answer None to problem 0 does not score 1"):
