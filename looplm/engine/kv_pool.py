@@ -20,10 +20,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from looplm.engine.free_pages import FreePages
 from looplm.model.configuration import OuroConfig
 
 BLOCK = 16
@@ -62,6 +64,7 @@ class KVPool:
 
     Attributes:
         core: (L, pages, BLOCK, 2, H_kv, D_h), keys and values side by side; `edge` likewise for prelude and coda.
+        page_bytes: of a page, `layer_bytes` of it in each layer; `edge_bytes` of an edge page.
         tables: (rows, T, blocks) int64, the page of each block in each loop; `edge_tables` (rows, blocks).
 
     Raises:
@@ -82,8 +85,8 @@ class KVPool:
     ) -> None:
         edges = config.num_prelude_layers + config.num_coda_layers
         page = (BLOCK, 2, config.num_key_value_heads or 0, config.head_dim or 0)
-        unit = BLOCK * 2 * page[2] * page[3] * dtype.itemsize
-        self.page_bytes, self.edge_bytes = config.num_hidden_layers * unit, edges * unit
+        self.layer_bytes = BLOCK * 2 * page[2] * page[3] * dtype.itemsize
+        self.page_bytes, self.edge_bytes = config.num_hidden_layers * self.layer_bytes, edges * self.layer_bytes
         self.single_slot, self.num_loops = single_slot, num_loops
         loops = 1 if single_slot else num_loops
         reserved = 2 * (self.page_bytes + self.edge_bytes)
@@ -101,8 +104,8 @@ class KVPool:
         self.tables = torch.zeros(rows, num_loops, blocks, dtype=torch.int64, device=device)
         self.edge_tables = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
         self._scratch = self.core.new_empty(0, *page)
-        self._free = list(range(count * loops + 1, 1, -1))
-        self._free_edges = list(range(blocks_at_once + 1, 1, -1))
+        self._free = FreePages(2, count * loops + 2)
+        self._free_edges = FreePages(2, blocks_at_once + 2)
         self._known: dict[Hashable, Block] = {}
         self._idle: OrderedDict[int, Block] = OrderedDict()
         self._idle_pages = 0
@@ -140,16 +143,22 @@ class KVPool:
 
     # --- blocks ---
 
-    def allocate(self, count: int, pages: int) -> list[Block] | None:
-        """So many blocks of so many pages each, zeroed; None, and nothing taken, where the budget is spent."""
+    def allocate(self, count: int, pages: int, after: Block | None = None) -> list[Block] | None:
+        """So many blocks of so many pages each, zeroed; None, and nothing taken, where the budget is spent.
+
+        In each loop pages lie side by side, those of the block `after` included, as far as there is room.
+        """
         while (len(self._free) < count * pages or len(self._free_edges) < count) and self._idle:
             self._discard(self._idle.popitem(last=False)[1])
         if len(self._free) < count * pages or len(self._free_edges) < count:
             return None
-        blocks = [Block([self._free.pop() for _ in range(pages)], self._free_edges.pop()) for _ in range(count)]
-        self.core[:, [page for block in blocks for page in block.pages]] = 0
-        self.edge[:, [block.edge for block in blocks]] = 0
-        return blocks
+        lanes = [self._free.take(count, page) for page in ([None] * pages if after is None else after.pages)]
+        edges = self._free_edges.take(count, None if after is None else after.edge)
+        for page in chain(*lanes):  # one at a time: an index over all of them takes several times as long
+            self.core[:, page] = 0
+        for page in edges:
+            self.edge[:, page] = 0
+        return [Block(list(own), edge) for *own, edge in zip(*lanes, edges, strict=True)]
 
     def release(self, block: Block) -> None:
         """One holder less; a block that can be found again stays as long as there is room."""
@@ -164,7 +173,7 @@ class KVPool:
 
     def collapse(self, block: Block) -> None:
         """Keep the page of the last loop alone."""
-        self._free += block.pages[:-1]
+        self._free.give(block.pages[:-1])
         block.pages = block.pages[-1:]
 
     def find(self, key: Hashable) -> Block | None:
@@ -189,8 +198,8 @@ class KVPool:
         self._give_back(block)
 
     def _give_back(self, block: Block) -> None:
-        self._free += block.pages
-        self._free_edges.append(block.edge)
+        self._free.give(block.pages)
+        self._free_edges.give([block.edge])
 
     # --- tables and contents ---
 
@@ -219,9 +228,9 @@ class KVPool:
         number = torch.arange(1, self.num_loops + 1, device=pages.device)
         beyond = (number > depths[:, None]) & (number <= loops[:, None])
         source = pages.gather(1, depths[:, None] - 1).expand_as(pages)[beyond]
-        if len(source):
-            flat = self.core.flatten(1, 2)
-            flat[:, pages[beyond]] = flat[:, source]
+        flat = self.core.flatten(1, 2)
+        for kept, place in zip(source.tolist(), pages[beyond].tolist(), strict=True):  # as in `allocate`
+            flat[:, place] = flat[:, kept]
 
     def gather(self, store: Tensor, pages: Tensor) -> Tensor:
         """Pages (n,) of one layer's `store`, copied side by side: (n, BLOCK, 2, H_kv, D_h), good until the next call.

@@ -18,6 +18,7 @@ from looplm.engine.adapters import Adaptation
 from looplm.engine.cohorts import Chunk, Cohort, Prefill
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.paged_pass import PagedPass
+from looplm.engine.sampling import best_tokens
 from looplm.engine.sequence import Read, Sequence
 from looplm.exit_tracker import ExitTracker
 from looplm.model.modeling import OuroForCausalLM
@@ -216,7 +217,7 @@ def _record(tracker: ExitTracker, place: int, depth: int) -> tuple[list[float], 
 def _reads(logits: Tensor, notes: list[Note]) -> list[Read]:
     """Logits (n, V) with what is known of their rows."""
     wide = logits if logits.dtype == torch.float64 else logits.float()  # reductions of bf16 are slow on a CPU
-    finite, best = wide.sum(-1).isfinite().tolist(), wide.argmax(-1).tolist()  # NaN and infinity stay in a sum
+    finite, best = wide.sum(-1).isfinite().tolist(), best_tokens(wide).tolist()  # NaN and infinity stay in a sum
     reads = []
     for row, (sequence, depth, record, survival, good) in enumerate(notes):
         what = "exit gate is" if not good else None if finite[row] else "logits are"

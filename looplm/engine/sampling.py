@@ -15,11 +15,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from looplm.exits import ExitRule, keyed_uniform
 
 FEW = 512
 """Candidates looked at before a whole vocabulary is sorted for top-p."""
+PART = 256
+"""Logits whose largest is found at once."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,14 @@ def draw(logits: Tensor, params: SamplingParams, prompt: list[int], new: list[in
     if params.logprobs is None:
         return Drawn(token)
     return _noted(token, float(log_p[place]), log_p, ids, params.logprobs)
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """Where rows (n, V) are largest, the first of equals, as `argmax`, which is half as fast on a CPU: (n,)."""
+    over = -logits.shape[-1] % PART
+    parts = (pad(logits, (0, over), value=-math.inf) if over else logits).unflatten(-1, (-1, PART))
+    best = parts.amax(-1).argmax(-1)
+    return best * PART + parts[torch.arange(len(best), device=best.device), best].argmax(-1)
 
 
 def penalised(logits: Tensor, params: SamplingParams, prompt: list[int], new: list[int]) -> Tensor:

@@ -133,7 +133,8 @@ class Scheduler:
         count = -(-sequence.target // BLOCK) - len(found)
         pages = 1 if sequence.saved is not None else sequence.loops
         spare = sum(map(self._pages, self.running))
-        blocks = self.pool.allocate(count, pages) if self.pool.available >= count * pages + spare else None
+        after, room = found[-1] if found else None, self.pool.available >= count * pages + spare
+        blocks = self.pool.allocate(count, pages, after) if room else None
         if blocks is None:
             for block in reversed(found):
                 self.pool.release(block)
@@ -163,7 +164,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next position; False where the sequence itself had to give way."""
         while sequence.filled // BLOCK >= len(sequence.blocks):
-            blocks = self.pool.allocate(1, self._pages(sequence))
+            blocks = self.pool.allocate(1, self._pages(sequence), sequence.blocks[-1])
             if blocks is not None:
                 sequence.blocks += blocks
                 assert sequence.slot is not None

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from looplm.model.cache import LoopCache
 
 if TYPE_CHECKING:
-    from looplm.model.few_rows import FewRows
+    from looplm.model.few_rows import FewMemory, FewRows
     from looplm.model.layers import Adapt, Memory
     from looplm.model.stack import OuroModel
 
@@ -111,6 +111,10 @@ class PassContext:
             store = partial(self.cache.slots[layer].update, slot=loop - 1, rows=self.rows)
         in_core = 0 <= layer - self.num_prelude_layers < self.num_core_layers
         return partial(self._freeze, layer=layer, store=store) if self.active is not None and in_core else store
+
+    def few_memory(self, layer: int, loop: int) -> FewMemory | None:
+        """As `memory`, for `looplm.model.few_rows`."""
+        return self.memory(layer, loop)
 
     def adapt(self, layer: int) -> Adapt | None:
         """What is added to the projections of `layer`, row by row: nothing, but see `looplm.engine.paged_pass`."""

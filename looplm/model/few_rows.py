@@ -8,15 +8,18 @@ and k are turned together, and no module is called: one that has a hook, an adap
 layers themselves, and so are gradients, other devices and other attention backends.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from looplm.model.layers import Memory, OuroAttention, OuroDecoderLayer, OuroMLP, OuroRMSNorm, wide_dtype
+from looplm.model.layers import OuroAttention, OuroDecoderLayer, OuroMLP, OuroRMSNorm, wide_dtype
 from looplm.model.projections import OuroLinear, bound_by_memory, product, side_by_side
+
+FewMemory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]]
+"""As `Memory`; or the keys and values of each row by itself, (1, H_kv, S_row, D_h), all of which it sees."""
 
 
 class FewRows(NamedTuple):
@@ -35,9 +38,11 @@ class FewRows(NamedTuple):
 
 def gather(layers: Iterable[nn.Module], hidden: Tensor) -> Sequence[FewRows] | None:
     """The weights of some layers for `step` on states like (R, 1, D); None where the layers are to be called."""
-    found = []
+    found: list[FewRows] = []
     for layer in layers:
-        if not isinstance(layer, OuroDecoderLayer) or not _serves(layer, hidden):
+        if not isinstance(layer, OuroDecoderLayer) or not all(map(_untouched, _parts(layer))):
+            return None
+        if not found and not _serves(layer, hidden):  # of the first alone: asking takes longer than all else here
             return None
         attention, mlp = layer.self_attn, layer.mlp
         found.append(
@@ -57,36 +62,32 @@ def gather(layers: Iterable[nn.Module], hidden: Tensor) -> Sequence[FewRows] | N
 
 
 def _serves(layer: OuroDecoderLayer, hidden: Tensor) -> bool:
-    """One position a row, few rows, on a CPU, without gradients; and the weights say all there is to say."""
+    """One position a row, few rows, on a CPU, without gradients: what the layers of a stack have in common."""
     config = layer.self_attn.config
     if hidden.shape[1] != 1 or config._attn_implementation != "sdpa" or config.qk_norm or config.qkv_bias:
         return False
-    if layer.training or not bound_by_memory(hidden, layer.self_attn.o_proj.weight):
-        return False
-    return all(map(_untouched, _parts(layer)))
+    return not layer.training and bound_by_memory(hidden, layer.self_attn.o_proj.weight)
 
 
-def _parts(layer: OuroDecoderLayer) -> list[nn.Module]:
-    """The modules whose calls are left out, but for the activation."""
-    attention, mlp = layer.self_attn, layer.mlp
-    parts = [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
-    parts += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    parts += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return [*parts, layer.input_layernorm_2, layer.post_attention_layernorm_2] if layer.sandwich else parts
+def _parts(layer: OuroDecoderLayer) -> list[nn.Module | None]:
+    """The modules whose calls are left out: all but the activation, which is the last of the MLP's."""
+    attention, mlp = layer.self_attn._modules.values(), layer.mlp._modules.values()
+    return [layer, *layer._modules.values(), *attention, *list(mlp)[:-1]]
 
 
 _OWN = frozenset({OuroDecoderLayer, OuroAttention, OuroMLP, OuroRMSNorm, OuroLinear})
 
 
-def _untouched(module: nn.Module) -> bool:
+def _untouched(module: nn.Module | None) -> bool:
     """No adapter around it, no hook on it, no replaced forward."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    if type(module) not in _OWN:
         return False
-    return type(module) in _OWN
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def step(
-    weights: FewRows, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Memory | None
+    weights: FewRows, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: FewMemory | None
 ) -> Tensor:
     """What the layer makes of (R, 1, D); arguments as `OuroDecoderLayer.forward`."""
     layer, state = weights.layer, hidden[:, 0]
@@ -104,7 +105,7 @@ def _attend(
     x: Tensor,
     rotary: tuple[Tensor, Tensor],
     mask: Tensor | None,
-    memory: Memory | None,
+    memory: FewMemory | None,
 ) -> Tensor:
     """(R, D) to (R, H x D_h), before the output projection."""
     rows, queries = x.shape[0], weights.out.shape[1]
@@ -115,11 +116,15 @@ def _attend(
     heads = torch.addcmul(heads * cos, heads.roll(head_dim // 2, -1), sin)
     query, key = heads.split_with_sizes((queries // head_dim, (turned - queries) // head_dim), dim=1)
     value = projected[:, turned:].view(rows, -1, 1, head_dim)
-    if memory is not None:
-        key, value = memory(key, value)
-    grouped = query.shape[1] != key.shape[1]
-    scale = weights.layer.self_attn.scaling
-    return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped).view(rows, -1)
+    scale, grouped = weights.layer.self_attn.scaling, query.shape[1] != key.shape[1]
+    seen = (key, value) if memory is None else memory(key, value)
+    if isinstance(seen, tuple):
+        return scaled_dot_product_attention(query, *seen, mask, scale=scale, enable_gqa=grouped).view(rows, -1)
+    mixed = [
+        scaled_dot_product_attention(own, *kept, scale=scale, enable_gqa=grouped).view(1, -1)
+        for own, kept in zip(query.split(1), seen, strict=True)
+    ]
+    return mixed[0] if rows == 1 else torch.cat(mixed)
 
 
 def _columns(weight: Tensor, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class OuroModel(OuroPreTrainedModel):
         few = context.few[first]
         if few is not None:
             for index, weights in enumerate(few, start=first):
-                state = few_rows.step(weights, state, context.rotary, context.mask, context.memory(index, loop))
+                state = few_rows.step(weights, state, context.rotary, context.mask, context.few_memory(index, loop))
             return state
         for index, layer in enumerate(layers, start=first):
             state = layer(state, context.rotary, context.mask, context.memory(index, loop), context.adapt(index))

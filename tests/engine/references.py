@@ -74,5 +74,5 @@ def blocks_are_free(engine: Engine) -> None:
     assert not engine.busy and not engine.live and engine.pool.pages_in_use == 0
     assert not engine.runner.cohorts and engine.runner.prefill is None
     assert (engine.pool.tables == 0).all() and (engine.pool.edge_tables == 0).all()
-    free = engine.pool._free + [page for block in engine.pool._idle.values() for page in block.pages]
+    free = [*engine.pool._free] + [page for block in engine.pool._idle.values() for page in block.pages]
     assert sorted(free) == list(range(2, engine.pool.core.shape[1]))

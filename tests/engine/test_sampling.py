@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from looplm.engine import Engine, SamplingParams
-from looplm.engine.sampling import FEW, distribution, draw, penalised
+from looplm.engine.sampling import FEW, PART, best_tokens, distribution, draw, penalised
 from looplm.exits import SampledExit
 
 MODEL = tiny_model()
@@ -32,6 +32,15 @@ def whole(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     full = torch.full_like(logits, -math.inf)
     full[torch.arange(len(logits)) if ids is None else ids] = log_p
     return full
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(0, 5), size=st.sampled_from([1, 64, PART, PART + 1, 5 * PART - 1]))
+def test_the_best_token_is_the_first_of_equals(seed: int, rows: int, size: int) -> None:
+    logits = torch.randint(-9, 9, (rows, size), generator=torch.Generator().manual_seed(seed)).float()
+    assert torch.equal(best_tokens(logits), logits.argmax(-1))
+    logits[:, size // 2 :] = -math.inf
+    assert torch.equal(best_tokens(logits), logits.argmax(-1))
 
 
 @settings(max_examples=150, deadline=None)
