@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from looplm.engine.adapters import Adapter, load_adapter
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.runner import Runner
-from looplm.engine.sampling import Drawn, SamplingParams, draw
+from looplm.engine.sampling import Drawn, SamplingParams, draw, draw_freely
 from looplm.engine.scheduler import PATIENCE, Scheduler
 from looplm.engine.sequence import Completion, FinishReason, Read, Sequence
 from looplm.engine.text import TextStream
@@ -212,7 +212,7 @@ class Engine:
     def _decode(self, starters: list[Sequence]) -> list[Sequence]:
         if starters:
             self.runner.start(starters)
-        return [self._accept(read) for read in self.runner.decode()]
+        return self._accept(self.runner.decode())
 
     def _fill(self, chunks: list) -> list[Sequence]:
         if chunks:
@@ -222,7 +222,7 @@ class Engine:
         if self.runner.prefill is None:
             for sequence in sequences:
                 self.scheduler.chunk_done(sequence)
-        return [self._accept(read) for read in reads]
+        return self._accept(reads)
 
     def _attempt(
         self, run: Callable[[], list[Sequence]], involved: list[Sequence], abandon: Callable[[], None]
@@ -239,16 +239,27 @@ class Engine:
                 self._finish(sequence, "error", message)
             return failed
 
-    def _accept(self, read: Read) -> Sequence:
-        """Sample the next token of a sequence whose newest one has exited; it may end there."""
+    def _accept(self, reads: list[Read]) -> list[Sequence]:
+        """Sample the next tokens of sequences whose newest ones have exited; they may end there."""
+        free = [read for read in reads if read.error is None and read.sequence.params.free]
+        drawn: dict[int, Drawn] = {}
+        if free:
+            rows = [read.sequence for read in free]
+            places = [len(s.prompt) + len(s.new) - 1 for s in rows]
+            logits = torch.stack([read.logits for read in free])
+            tokens = draw_freely(logits, [s.params for s in rows], places, [s.seed for s in rows])
+            drawn = {id(s): token for s, token in zip(rows, tokens, strict=True)}
+        return [self._take(read, drawn.get(id(read.sequence))) for read in reads]
+
+    def _take(self, read: Read, drawn: Drawn | None) -> Sequence:
+        """Note the next token of a sequence, or the error that ends it."""
         sequence, params = read.sequence, read.sequence.params
         if read.error is not None:
             self._finish(sequence, "error", read.error)
             return sequence
-        if params.plain:
+        if drawn is None and params.plain:
             drawn = Drawn(read.best)
-        else:
-            drawn = draw(read.logits, params, sequence.prompt, sequence.new, sequence.seed)
+        drawn = drawn or draw(read.logits, params, sequence.prompt, sequence.new, sequence.seed)
         sequence.note(read, drawn)
         ended = drawn.token in self._ends and not params.ignore_eos
         stopped = sequence.stream is not None and sequence.stream.push(drawn.token)

@@ -176,6 +176,10 @@ class KVPool:
         self._free.give(block.pages[:-1])
         block.pages = block.pages[-1:]
 
+    def knows(self, key: Hashable) -> bool:
+        """Whether `find` would find a block."""
+        return key in self._known
+
     def find(self, key: Hashable) -> Block | None:
         """A block made by an earlier prompt, held once more; None where there is none."""
         block = self._known.get(key)

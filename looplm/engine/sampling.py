@@ -98,6 +98,12 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
+    def free(self) -> bool:
+        """Whether a token is drawn from all of the vocabulary, with nothing but the temperature."""
+        whole = (self.top_p, self.top_k, self.min_p, self.logprobs or 0) == (1.0, 0, 0.0, 0)
+        return self.temperature > 0 and whole and not self.penalised
+
+    @property
     def plain(self) -> bool:
         """Whether the token is the best one and nothing else is asked."""
         return self.temperature == 0 and not self.penalised and self.logprobs is None
@@ -137,6 +143,26 @@ def draw(logits: Tensor, params: SamplingParams, prompt: list[int], new: list[in
     if params.logprobs is None:
         return Drawn(token)
     return _noted(token, float(log_p[place]), log_p, ids, params.logprobs)
+
+
+def draw_freely(logits: Tensor, params: list[SamplingParams], positions: list[int], seeds: list[int]) -> list[Drawn]:
+    """What `draw` gives for rows (n, V) whose params are all `free`, at once.
+
+    Args:
+        positions: where each row's logits were read.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=wide.device)
+    log_p = (wide / temperatures.to(wide.dtype)[:, None]).log_softmax(-1)
+    share = log_p.double().exp().cumsum(-1).cpu()
+    uniform = keyed_uniform(torch.tensor(seeds), torch.tensor(positions), 0)
+    places = torch.searchsorted(share, (uniform * share[:, -1])[:, None], right=True)[:, 0]
+    tokens = places.clamp(max=share.shape[1] - 1)
+    noted = log_p.cpu().gather(1, tokens[:, None])[:, 0].tolist()
+    return [
+        Drawn(token, value if p.logprobs is not None else None)
+        for token, value, p in zip(tokens.tolist(), noted, params, strict=True)
+    ]
 
 
 def best_tokens(logits: Tensor) -> Tensor:

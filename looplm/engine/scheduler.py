@@ -2,7 +2,7 @@
 
 Service is in order of rank: the number of arrival, less `PATIENCE` for each unit of priority. So a request of higher
 priority overtakes those that came up to `PATIENCE` requests before it, and none is overtaken for ever. The first in
-line is never passed by a smaller one behind it. When pages run out, the running sequence of the highest rank gives way
+line is never passed by a smaller one behind it, but while it waits for a prefix that is being filled for another. When pages run out, the running sequence of the highest rank gives way
 and waits at its old place: under `per_loop` its positions are run again later at their recorded depths, which gives
 the same keys; under `last`, which has no parallel form, its pages are copied out and back.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 from array import array
 from collections.abc import Hashable, Iterator
 
@@ -72,9 +73,26 @@ class Scheduler:
         self.add(sequence)
 
     def admit(self) -> None:
-        """Seat those that wait, in order, while there is room."""
-        while self._waiting and self._slots and self._seat(self._waiting[0][1]):
-            heapq.heappop(self._waiting)
+        """Seat those that wait, in order, while there is room; those whose prefix is on its way wait for it."""
+        coming = {key for s in self.running if s.prefilling for key in self._missing(s)[:1]}
+        held = []
+        while self._waiting and self._slots:
+            missing = self._missing(self._waiting[0][1])[:1]
+            if not coming.isdisjoint(missing):
+                held.append(heapq.heappop(self._waiting))
+            elif self._seat(self._waiting[0][1]):
+                coming.update(missing)
+                heapq.heappop(self._waiting)
+            else:
+                break
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
+
+    def _missing(self, sequence: Sequence) -> list[Hashable]:
+        """Keys of the blocks that its prompt could share and nobody has put into the pool yet, from the first on."""
+        keys = list(_keys(sequence)) if self.prefix_cache and sequence.saved is None else []
+        shared = [key for number, key in enumerate(keys, start=1) if number * BLOCK < len(sequence.prompt)]
+        return list(itertools.dropwhile(self.pool.knows, shared))
 
     def starters(self) -> list[Sequence]:
         """Sequences whose newest token starts loop 1 now, each with room for it; some may have to give way."""

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from looplm.engine import Engine, SamplingParams
-from looplm.engine.sampling import FEW, PART, best_tokens, distribution, draw, penalised
+from looplm.engine.sampling import FEW, PART, best_tokens, distribution, draw, draw_freely, penalised
 from looplm.exits import SampledExit
 
 MODEL = tiny_model()
@@ -177,3 +177,31 @@ def test_penalties_reach_the_engine() -> None:
 def test_refused_params(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**fields)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.integers(2, 400), st.data())
+def test_drawing_rows_at_once_is_drawing_them_alone(rows, vocabulary, data):
+    seed = data.draw(st.integers(0, 2**31))
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+    choices = [
+        SamplingParams(temperature=data.draw(st.floats(0.05, 5)), logprobs=data.draw(st.sampled_from([None, 0])))
+        for _ in range(rows)
+    ]
+    assert all(params.free for params in choices)
+    prompts = [[1] * data.draw(st.integers(1, 30)) for _ in range(rows)]
+    seeds = [data.draw(st.integers(0, 2**61)) for _ in range(rows)]
+    found = draw_freely(logits, choices, [len(prompt) - 1 for prompt in prompts], seeds)
+    for row, drawn in enumerate(found):
+        alone = draw(logits[row], choices[row], prompts[row], [], seeds[row])
+        assert drawn.token == alone.token
+        assert (drawn.log_probability is None) == (alone.log_probability is None)
+        assert drawn.log_probability == pytest.approx(alone.log_probability, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"logprobs": 2}, {"presence_penalty": 1}],
+)
+def test_what_is_not_drawn_at_once(changes):
+    assert not SamplingParams(**{"temperature": 1.0, **changes}).free
