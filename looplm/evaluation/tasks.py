@@ -307,11 +307,14 @@ def _of_lm_eval(name: str, allow_code: bool) -> dict[str, Task]:
         raise ValueError(f"no such task: {name} is no task of lm-eval, no file and no reasoning-gym:FAMILY; {hint}")
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    state = random.getstate()
+    random.seed(_SEED)  # some tasks shuffle choices when they read them (GPQA): alike in every run
     try:
         tasks: dict[str, Task] = manager.load([name])["tasks"]
     except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
         raise ValueError(_how_to_get(name, error, HUB_DATA.get(name))) from None
     finally:
+        random.setstate(state)
         if bars:
             datasets.enable_progress_bars()
     unsafe = [key for key, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 
+from looplm.evaluation import tasks
 from looplm.evaluation.depths import Depth
 from looplm.evaluation.running import Settings, run_tasks
 from looplm.evaluation.sampling import pass_at_k
@@ -98,7 +99,7 @@ def test_one_sample_has_no_pass_at_10_and_others_have_no_samples(aime):
 
 
 def test_a_whole_run_beside_table_9(aime, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("looplm.evaluation.tasks", fromlist=["x"])._THINKING, "max_gen_toks", 6)
+    monkeypatch.setitem(tasks._THINKING, "max_gen_toks", 6)
     model = str(save_pair(tmp_path / "small" / "model"))
     (result,) = run_tasks(model, Settings(("paper:aime24:10",), (Depth(2),), batch_size=8), tmp_path / "out")
     assert set(result.metrics) == {"pass@1,none", "pass@10,none"} and result.main_metric == "pass@1,none"
