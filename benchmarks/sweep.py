@@ -3,9 +3,14 @@
     python benchmarks/sweep.py                        # a random model of 8 layers, width 512, 49,152 tokens
     python benchmarks/sweep.py --model FOLDER         # a model of one's own
 
-The work is that of multiple choice: contexts of 96 to 160 tokens and targets of 1 to 4, of which only the targets meet
-the head. Beside it stands the worst case, texts of which every token is read, where eight vocabulary products a
-position are paid instead of one. The three ways take turns; reported are medians of ratios within a round.
+Two kinds of requests. Multiple choice: contexts of 96 to 160 tokens and targets of 1 to 4, and only the targets meet
+the head. Texts: every token is read, so that eight vocabulary products a position are paid instead of one. Text that is
+generated has no sweep: each depth writes its own. The three ways take turns; reported are medians of ratios within a
+round of processor time, and beside them what the multiplications say:
+
+    sweep / deepest alone = (prelude + T loops + T codas + T r heads) / (prelude + T loops + coda + r heads)
+
+with r the share of the positions that is read. A coda is run over all positions for each loop that is read.
 """
 
 import argparse
@@ -21,6 +26,7 @@ from looplm import OuroConfig, OuroForCausalLM
 from looplm.evaluation.depths import Depth
 from looplm.evaluation.scoring import Request, score
 from looplm.model.loading import load_model
+from looplm.training.planning import token_flops
 
 LOOPS = 8
 
@@ -35,13 +41,13 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     model = load_model(options.model)[0] if options.model else random_model(options.coda)
-    print(f"{'work':>18}{'sweep / deepest alone':>24}{'each alone / sweep':>22}")
+    print(f"{'work':>18}{'sweep / deepest alone':>24}{'by count':>12}{'each alone / sweep':>22}")
     vocabulary = model.config.vocab_size
     choices = [draw(96, 160, 1, 4, n, vocabulary) for n in range(options.requests)]
     texts = [draw(1, 1, 127, 127, n, vocabulary) for n in range(options.requests)]
     for name, requests in (("multiple choice", choices), ("every token read", texts)):
         whole, apart = ratios(model, requests, options.rounds)
-        print(f"{name:>18}{whole:>23.2f}x{apart:>21.2f}x", flush=True)
+        print(f"{name:>18}{whole:>23.2f}x{counted(model.config, requests):>11.2f}x{apart:>21.2f}x", flush=True)
 
 
 def random_model(coda: int) -> OuroForCausalLM:
@@ -77,6 +83,15 @@ def ratios(model: OuroForCausalLM, requests: Sequence[Request], rounds: int) -> 
         whole.append(sweep / alone[-1])
         apart.append(sum(alone) / sweep)
     return statistics.median(whole), statistics.median(apart)
+
+
+def counted(config: OuroConfig, requests: Sequence[Request]) -> float:
+    """Sweep over its deepest run by the FLOPs of their multiplications, of inputs of this mean length."""
+    tokens = sum(len(context) + len(target) - 1 for context, target in requests)
+    read, keys = sum(len(target) for _, target in requests) / tokens, (tokens / len(requests) + 1) / 2
+    head = 2 * config.vocab_size * config.hidden_size
+    sweep, alone = (token_flops(config, LOOPS, reads, keys) - (1 - read) * reads * head for reads in (LOOPS, 1))
+    return sweep / alone
 
 
 def seconds(model: OuroForCausalLM, requests: Sequence[Request], depths: Sequence[Depth]) -> float:

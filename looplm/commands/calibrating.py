@@ -23,7 +23,7 @@ def calibrate(
     limit: Annotated[int, arg(help="windows at most; half calibrate, half test")] = 256,
     batch_size: Annotated[int, arg(help="rows in one pass")] = 8,
     seed: Annotated[int, arg(help="of free-running texts and intervals")] = 0,
-    output: Annotated[str | None, arg(help="also write JSON and table into this folder")] = None,
+    output: Annotated[str | None, arg(help="also write JSON, table and figure into this folder")] = None,
 ) -> None:
     """Fit the threshold of every exit rule on held-out text, for `depth_budget` and for you; again after tuning."""
     from dataclasses import asdict
@@ -63,5 +63,6 @@ def calibrate(
             model, looped, "calibrate", data=windows.requests, settings={**asked, "window": window, "limit": limit},
             seed=seed, batch_size=batch_size, command=command_line(),
         )  # fmt: skip
-        path = save_study(output, "calibrate", recipe, asdict(found), [table], {})
-        console.print(f"results {path}, with the table beside it", markup=False, highlight=False, soft_wrap=True)
+        figure = {f"Settings tried for {target}, and the choice on other text": found.chart()}
+        path = save_study(output, "calibrate", recipe, asdict(found), [table], figure)
+        console.print(f"results {path}, with table and figure beside it", markup=False, highlight=False, soft_wrap=True)

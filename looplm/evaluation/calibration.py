@@ -11,8 +11,9 @@ tokens) and free-running (what the model writes by itself behind the text's begi
 token is read off the prompt at full depth and left out). Free-running depth may differ: the text is another one.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from looplm.evaluation.tables import Table
 from looplm.evaluation.texts import TextWindows
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.bootstrap import interval, resampled
+from looplm.training.charts import frontier_chart
 
 Numbers = NDArray[np.float64]
 Report = Callable[[str, float], None]
@@ -86,6 +88,8 @@ class RuleCalibration:
     Attributes:
         setting: chosen; None where none can be, `why` says so.
         table: [mean depth, setting] of everything that was run, ascending in depth, full depth included for the gate.
+        curve: the same runs on the calibration half: `setting`, `loops` and nats a token `above_full` depth with its
+            95 % interval over windows, ascending in loops.
         depth, increase, increase_interval: teacher-forced, on the other half: mean loops, and the loss over that of
             full depth less 1, with its 95 % interval over windows.
         free_depth: mean loops of new tokens.
@@ -104,6 +108,7 @@ class RuleCalibration:
     free_depth: float | None = None
     saved: float | None = None
     cut_windows: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,27 @@ class Calibration:
         if cut:
             notes.append(f"Increases beyond {CUT} nats a token were cut, in up to {cut:.1%} of the windows of a rule.")
         return Table(f"calibrated for {self.target}", header, tuple(rows), tuple(notes))
+
+    def chart(self) -> str:
+        """Loss above full depth against mean loops: every setting on the calibration half; the choice, ringed, on the
+        test half."""
+        full = {"setting": self.loops, "loops": self.loops, "above_full": 0.0, "above_full_interval": (0.0, 0.0)}
+        lines = {rule.rule: rule.curve for rule in self.rules.values() if rule.curve}
+        ring = calibrated_point(asdict(self)["rules"].values(), self.target)
+        return frontier_chart({"full depth": [full], **lines}, marked=ring) if lines else ""
+
+
+def calibrated_point(rules: Iterable[Mapping[str, Any]], target: str) -> dict[str, Any] | None:
+    """The point of the first rule that has a setting, the gate's first, as a chart marks it; None without one.
+
+    Args:
+        rules: the fields of `RuleCalibration`, as they stand in a result file.
+    """
+    for rule in sorted(rules, key=lambda rule: rule["rule"] != GATE):
+        if rule["setting"] is not None:
+            label = f"calibrated for {target}: {rule['rule']}={rule['setting']:.3g}"
+            return {"loops": rule["depth"], "above_full": rule["increase_nats"], "label": label}
+    return None
 
 
 def _cells(rule: RuleCalibration) -> tuple[str, ...]:
@@ -236,12 +262,20 @@ class _Fitting:
         if setting is not None and setting not in [run.setting for run in tried]:
             tried.append(self._try(rule, setting, self.fit))
         full = [[float(self.costs.loops), 1.0]] if rule == GATE else []
-        result = RuleCalibration(rule, setting, sorted([[run.depth, run.setting] for run in tried] + full), why)
+        table = sorted([[run.depth, run.setting] for run in tried] + full)
+        curve = sorted((self._point(run) for run in tried), key=lambda point: point["loops"])
+        result = RuleCalibration(rule, setting, table, why, curve=curve)
         return result if setting is None else self._told(result, setting, tried)
 
     def _try(self, rule: str, setting: float, requests: Sequence[Request]) -> Measured:
         depth = Depth.of_rule(f"{rule}={setting!r}", self.costs.loops, "freeze", "adaptive")
         return _run(self.model, requests, depth, setting, self.batch_size)
+
+    def _point(self, run: Measured) -> dict[str, Any]:
+        """A setting on the calibration half, as a chart takes it."""
+        draws = resampled(len(self.fit), self.seed) @ (run.losses - self.full_fit.losses) / len(self.fit)
+        above = {"above_full": float(draws[0]), "above_full_interval": interval(draws[1:])}
+        return {"setting": run.setting, "loops": run.depth, **above}
 
     def _told(self, result: RuleCalibration, setting: float, tried: Sequence[Measured]) -> RuleCalibration:
         """What the chosen setting does on the other half."""

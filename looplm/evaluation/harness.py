@@ -155,6 +155,18 @@ class LoopedLM(HFLM):
         """As lm-eval's, without bars of its own."""
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """As lm-eval's, which needs a beginning or an end token, for tokenizers that have neither (the lab's) too."""
+        if add_special_tokens is None and self.prefix_token_id is None:
+            add_special_tokens = False
+        return cast("list[int]", super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs))
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
@@ -186,6 +198,11 @@ class LoopedLM(HFLM):
         """Cut from the left to what the model's context holds, as lm-eval does."""
         if len(target) > self.max_length:
             raise ValueError(f"a continuation has {len(target)} tokens, but the context holds {self.max_length}")
+        if context == [None]:
+            raise ValueError(
+                "a request has no context, and the tokenizer neither a beginning nor an end token to put before it: "
+                "take another task, or give the tokenizer a bos_token"
+            )
         whole = (context + target)[-(self.max_length + 1) :]
         return whole[: -len(target)], target
 
@@ -199,6 +216,8 @@ class LoopedLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts behind prompts at the current depth; batches are fixed by the requests, each with a seed of its own."""
         check_generation([self.depth])
+        if self.eot_token_id is None:
+            raise ValueError("the tokenizer has no end token, so no text would end: give it an eos_token")
         arguments = [request.args for request in requests]
         self._check_room(arguments)
         name = digest([list(argument) for argument in arguments])[:16]

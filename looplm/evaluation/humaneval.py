@@ -1,37 +1,21 @@
-"""HumanEval: 164 functions to complete, each sample run against the tests, scored by pass@k.
+"""HumanEval: 164 functions to complete, each sample run against the tests, scored by pass@k (Tables 7 and 8: pass@1).
 
-pass@k is the chance that one of k samples is right, estimated without bias from n samples of which c are:
-1 - C(n - c, k) / C(n, k) (Chen et al., 2021, equation 1). The paper reports pass@1 for code and pass@1 and pass@10 for
-AIME (Tables 7 to 9). One sample a problem is greedy; more are drawn at temperature 0.8.
+One sample a problem is greedy; more are drawn at temperature 0.8.
 """
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
+from looplm.evaluation.sampling import passes, repeated, samples_of
 from looplm.evaluation.sandbox import run_program
 
 VERSION = 1
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint(", "\nif ", "\n```", "\nimport ", "\nfrom ")
 _MOST, _TEMPERATURE, _TOP_P = 384, 0.8, 0.95
-_KS = (1, 10)
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples hold a right one.
-
-    Raises:
-        ValueError: k outside 1..n, or c outside 0..n.
-    """
-    if not 1 <= k <= samples or not 0 <= right <= samples:
-        raise ValueError(
-            f"pass@{k} of {right} right among {samples}: k must lie in 1..{samples}, and right in 0..{samples}"
-        )
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def humaneval_task(samples: int = 1, problems: Sequence[Mapping[str, Any]] | None = None) -> ConfigurableTask:
@@ -48,7 +32,6 @@ def humaneval_task(samples: int = 1, problems: Sequence[Mapping[str, Any]] | Non
     sampling: dict[str, Any] = {"do_sample": False}
     if samples > 1:
         sampling = {"do_sample": True, "temperature": _TEMPERATURE, "top_p": _TOP_P}
-    metrics = [f"pass@{k}" for k in _KS if k <= samples]
     return ConfigurableTask(
         config={
             "task": "humaneval",
@@ -59,11 +42,9 @@ def humaneval_task(samples: int = 1, problems: Sequence[Mapping[str, Any]] | Non
             "doc_to_target": "canonical_solution",
             "target_delimiter": "",
             "generation_kwargs": {"until": list(_STOPS), "max_gen_toks": _MOST, **sampling},
-            "repeats": samples,
             "num_fewshot": 0,
-            "filter_list": [{"name": "none", "filter": [{"function": "take_first_k", "k": samples}]}],
             "process_results": _judged,
-            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+            **repeated(samples),
             "metadata": {"version": VERSION},
         }
     )
@@ -79,9 +60,9 @@ def _problems() -> list[dict[str, Any]]:
 
 def _judged(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
     """Every sample of a problem run against its tests."""
-    texts = results[0] if isinstance(results[0], list) else list(results)
+    texts = samples_of(results)
     right = sum(run_program(program(doc, text)).passed for text in texts)
-    return {f"pass@{k}": pass_at_k(len(texts), right, k) for k in _KS if k <= len(texts)}
+    return passes(len(texts), right)
 
 
 def program(doc: Mapping[str, Any], completion: str) -> str:

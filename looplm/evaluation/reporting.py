@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from looplm.display import printable
+from looplm.evaluation.calibration import calibrated_point
 from looplm.evaluation.frontier_tables import text_chart
 from looplm.evaluation.paper import published
 from looplm.evaluation.results import KIND
@@ -116,15 +117,9 @@ def _place(result: Result) -> tuple[int, str]:
 
 
 def _calibrated(results: Sequence[Result]) -> dict[str, Any] | None:
-    """The point of the first rule that a calibration found a setting for, the gate's first, as a chart marks it."""
-    for result in results:
-        if _study(result) != "calibrate":
-            continue
-        for rule in sorted(result.get("rules", {}).values(), key=lambda rule: rule["rule"] != "q"):
-            if rule["setting"] is not None:
-                label = f"calibrated for {result['target']}: {rule['rule']}={rule['setting']:.3g}"
-                return {"loops": rule["depth"], "above_full": rule["increase_nats"], "label": label}
-    return None
+    """The calibrated point of the first calibration that has one."""
+    found = (calibrated_point(r.get("rules", {}).values(), r["target"]) for r in results if _study(r) == "calibrate")
+    return next((point for point in found if point is not None), None)
 
 
 def _tasks(results: Sequence[tuple[Path, Result]]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from looplm.model.exiting import select
 from looplm.model.freezing import freeze
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.readout import READ_BYTES
+
+CACHE_BYTES = 3 << 19
+"""Log-probabilities written at a time, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,8 @@ def _selected(model: OuroForCausalLM, batch: Batch, depth: Depth, kept: _Kept, c
 
 def _read_targets(model: OuroForCausalLM, batch: Batch, read: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and matches (R,) of the targets, of what the head reads (R, D)."""
-    log_p, match = [], []
-    for part in _parts(model, batch):
-        found = _log_probabilities(model, read[part])
-        log_p.append(found.gather(1, batch.targets[part][:, None])[:, 0])
-        match.append(found.argmax(-1) == batch.targets[part])
+    found = [_at_targets(model.lm_head(read[part]), batch.targets[part]) for part in _parts(model, batch)]
+    log_p, match = zip(*found, strict=True)
     return torch.cat(log_p), torch.cat(match)
 
 
@@ -252,14 +253,14 @@ def _read_rows(
     }
     log_p, match = {}, {}
     for loop, read in kept.reads.items():
-        found = _log_probabilities(model, read[part])
-        log_p[loop] = found.gather(1, wanted[:, None])[:, 0]
-        match[loop] = found.argmax(-1) == wanted
+        logits = model.lm_head(read[part])
+        log_p[loop], match[loop] = _at_targets(logits, wanted)
+        whole = cache(partial(_log_probabilities, logits))  # all rules that read the vocabulary share it
         for tracker in trackers.values():
             active = tracker.active
             if len(active):
                 state, gate = kept.states[loop - 1][part][active], kept.gates[loop - 1][part][active]
-                tracker.step(loop, gate, state, lambda _, found=found, active=active: found[active].float())  # type: ignore[misc]
+                tracker.step(loop, gate, state, lambda _, whole=whole, active=active: whole()[active].float())  # type: ignore[misc]
     every, result = torch.arange(len(wanted), device=wanted.device), []
     for n, depth in enumerate(depths):
         if n not in trackers:
@@ -271,8 +272,25 @@ def _read_rows(
     return result
 
 
-def _log_probabilities(model: OuroForCausalLM, read: Tensor) -> Tensor:
-    logits = model.lm_head(read)
+def _at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (C,), and whether it is the likeliest token, of logits (C, V).
+
+    Only so many rows of log-probabilities exist at a time as a processor's cache holds. The likeliest token is looked
+    for where the target has the largest value; of equal ones it is the first, as `argmax` has it.
+    """
+    size = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.is_cpu else len(logits)
+    values, matches = [], []
+    for first in range(0, len(logits), size):
+        found, wanted = _log_probabilities(logits[first : first + size]), targets[first : first + size]
+        value = found.gather(1, wanted[:, None])[:, 0]
+        match = value == found.amax(-1)
+        match[match.clone()] = found[match].argmax(-1) == wanted[match]
+        values.append(value)
+        matches.append(match)
+    return torch.cat(values), torch.cat(matches)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 

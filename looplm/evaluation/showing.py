@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 from looplm.evaluation.intervals import FEWEST
-from looplm.evaluation.paper import published, unlike_paper
+from looplm.evaluation.paper import Published, published, unlike_paper
 from looplm.evaluation.results import Result
 from looplm.evaluation.tables import Table
+
+PASS_10 = "pass@10,none"
+"""As a result file names it."""
 
 
 def results_table(results: Sequence[Result], trained: int) -> Table:
@@ -61,15 +64,21 @@ def paper_table(results: Sequence[Result]) -> Table:
                 alike.setdefault((_depth(result), _measured(result)), []).append(result)
         for (depth, measured), part in alike.items():
             recipe = part[0].recipe
-            rows.append((group, recipe.model, depth, f"{100 * _mean(part):.2f}", measured))
+            rows.append((group, recipe.model, depth, f"{100 * _mean(part, part[0].main_metric):.2f}", measured))
+            if PASS_10 in part[0].metrics:
+                rows.append((group, recipe.model, depth, f"{100 * _mean(part, PASS_10):.2f}", f"{measured}, pass@10"))
             unlike = unlike_paper(group, recipe.num_fewshot, part[0].main_metric, recipe.chat_template)
             notes += [f"{group}: measured with {fault}." for fault in unlike]
         rows += [
-            (group, p.model, "–" if p.loops is None else str(p.loops), f"{p.score:.2f}", f"Table {p.table}")
-            for p in known
+            (group, p.model, "–" if p.loops is None else str(p.loops), f"{p.score:.2f}", _source(p)) for p in known
         ]
     header = ("task", "model", "loops", "score", "from")
     return Table("Beside the paper (percent)", header, tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _source(number: Published) -> str:
+    """The table, and the measure where it is not the usual one."""
+    return f"Table {number.table}" + (f", {number.measure}" if number.measure else "")
 
 
 def _depth(result: Result) -> str:
@@ -87,7 +96,7 @@ def _measured(result: Result) -> str:
     return f"here: {recipe.num_fewshot} examples{chat}{limit}"
 
 
-def _mean(results: Sequence[Result]) -> float:
+def _mean(results: Sequence[Result], metric: str) -> float:
     """The mean score over the items of all tasks, as lm-eval weighs the tasks of MMLU and of BBH."""
-    total = sum(result.metrics[result.main_metric].value * len(result.items) for result in results)
+    total = sum(result.metrics[metric].value * len(result.items) for result in results)
     return total / sum(len(result.items) for result in results)

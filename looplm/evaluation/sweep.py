@@ -95,7 +95,7 @@ def run_sweep(model_name: str, settings: Settings, output: Path, beside_paper: b
     sweeps = gather(results, trained)
     tables = [scores_table(sweeps, trained), *(gains_table(sweep) for sweep in sweeps)]
     if beside_paper:
-        tables += [by_loop_table(sweeps), paper_table(results)]
+        tables += [by_loop_table(sweeps), *categories_tables(sweeps), paper_table(results)]
     figures = {f"Score by loop; {trained} loops are trained": sweep_chart(sweeps, trained)}
     recipe = replace(
         results[0].recipe,
@@ -206,6 +206,18 @@ def by_loop_table(sweeps: Sequence[Sweep]) -> Table:
     ]
     notes = () if rows else ("The paper has no score by loop for these tasks.",)
     return Table("The paper's scores by loop, percent", ("task", "model", *map(str, range(1, 9))), tuple(rows), notes)
+
+
+def categories_tables(sweeps: Sequence[Sweep]) -> list[Table]:
+    """The paper's Table 15 for the categories of MMLU that were run, where some were."""
+    ran = {str(name).removeprefix("mmlu_") for sweep in sweeps if sweep.task == "mmlu" for name in sweep.categories}
+    rows = [
+        (name, *(f"{score:.2f}" for score in row["scores"]), f"{row['gain']:+.1f} %")
+        for name, row in paper()["categories"].items()
+        if name in ran
+    ]
+    header = ("category", "loop 1", "loop 2", "loop 3", "loop 4", "relative")
+    return [Table("The paper's gains by category of MMLU (Table 15), percent", header, tuple(rows))] if rows else []
 
 
 def sweep_chart(sweeps: Sequence[Sweep], trained: int) -> str:

@@ -7,8 +7,9 @@ A task is written as one of
     reasoning-gym:FAMILY[:N]        N generated questions (100), answers judged by the family's own verifier
     reasoning-gym-choice:FAMILY[:N] the same questions; the right answer among up to four, by log-likelihood
     humaneval[:N]                   N samples a problem (1), run against the tests in a sandbox
-    paper:NAME                      a benchmark of the paper with its few-shot count, and with its sampling where
-                                    models think before they answer (looplm/evaluation/paper.yaml)
+    paper:NAME[:N]                  a benchmark of the paper with its few-shot count, and with its sampling where
+                                    models think before they answer (looplm/evaluation/paper.yaml); N samples a
+                                    problem (1) of those that are scored by pass@k: AIME (Table 9) and HumanEval
 
 Everything becomes an lm-eval task, so that few-shot examples, chat templates and limits mean the same for all. The
 settings of our own tasks are `VERSION` of this module; raise it where a prompt or a score changes.
@@ -31,6 +32,7 @@ from looplm.data.stated import normal
 from looplm.evaluation.humaneval import humaneval_task
 from looplm.evaluation.items import Item, Question, items_of, load_items
 from looplm.evaluation.paper import HUB_DATA, Benchmark, benchmarks
+from looplm.evaluation.sampling import sampled_task
 from looplm.model.loading import first_line
 
 VERSION = 1
@@ -87,21 +89,28 @@ def _load(written: str, allow_code: bool) -> dict[str, Task]:
     return _of_lm_eval(written, allow_code)
 
 
-def _of_paper(name: str, allow_code: bool) -> dict[str, Task]:
-    """A benchmark with the settings of the paper's Tables 16 and 17."""
+def _of_paper(written: str, allow_code: bool) -> dict[str, Task]:
+    """A benchmark with the settings of the paper's Tables 16 and 17, from "NAME" or "NAME:N"."""
+    name, _, count = written.partition(":")
     benchmark = benchmarks().get(name)
     if benchmark is None:
         raise ValueError(f"the paper has no benchmark {name!r}; there are {', '.join(benchmarks())}")
+    several = [known.name for known in benchmarks().values() if known.samples]
+    if count and not benchmark.samples:
+        raise ValueError(f"paper:{written}: N samples of each problem are for {', '.join(several)}; leave :{count} out")
+    samples = _count(count or "1", f"paper:{written}")
     if benchmark.task is None:
         tasks = _one(items_task(hub_items(benchmark), benchmark.name))
     else:
-        tasks = _load(benchmark.task, allow_code)
+        tasks = _load(f"humaneval:{samples}" if benchmark.task == "humaneval" else benchmark.task, allow_code)
     for task in tasks.values():
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         if benchmark.thinks and task.OUTPUT_TYPE == "generate_until":
             stops: dict[str, Any] = {"until": []} if benchmark.task is None else {}  # a thought has many lines
             task.set_config(key="generation_kwargs", value={**_THINKING, **stops}, update=True)
+    if benchmark.samples and benchmark.thinks:
+        return {name: sampled_task(task, samples) for name, task in tasks.items()}
     return tasks
 
 
@@ -283,11 +292,14 @@ def _of_lm_eval(name: str, allow_code: bool) -> dict[str, Task]:
         raise ValueError(f"no such task: {name} is no task of lm-eval, no file and no reasoning-gym:FAMILY; {hint}")
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    state = random.getstate()
+    random.seed(_SEED)  # some tasks shuffle choices when they read them (GPQA): alike in every run
     try:
         tasks: dict[str, Task] = manager.load([name])["tasks"]
     except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
         raise ValueError(_how_to_get(name, error, HUB_DATA.get(name))) from None
     finally:
+        random.setstate(state)
         if bars:
             datasets.enable_progress_bars()
     unsafe = [key for key, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]

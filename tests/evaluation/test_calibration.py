@@ -130,6 +130,23 @@ def test_a_mean_depth_is_reached_on_the_text_it_was_fitted_on(model, by_depth) -
     assert by_depth.rules["q"].table[-1] == [4.0, 1.0] and by_depth.rules["entropy"].table[-1][0] < 4
 
 
+def test_the_figure_has_every_setting_and_rings_the_choice(model, by_depth) -> None:
+    fit = WINDOWS.halves()[0]
+    full = -score(model, fit.requests, [Depth(4)], batch_size=8).sums[0] / 12
+    for name, rule in by_depth.rules.items():
+        assert [[p["loops"], p["setting"]] for p in rule.curve] == [row for row in rule.table if row != [4.0, 1.0]]
+        point = rule.curve[0]
+        depth = Depth.of_rule(f"{name}={point['setting']!r}", 4, "freeze", "adaptive")
+        above = -score(model, fit.requests, [depth], batch_size=8).sums[0] / 12 - full
+        assert point["above_full"] == pytest.approx(float(above.mean()), abs=1e-5)
+        assert point["above_full_interval"][0] <= point["above_full"] <= point["above_full_interval"][1]
+    drawn = by_depth.chart()
+    gate = by_depth.rules["q"]
+    assert f"calibrated for mean-loops=2.5: q={gate.setting:.3g}" in drawn and drawn.count('class="ring"') >= 1
+    assert drawn.count('<circle class="point"') == 1 + sum(len(rule.curve) for rule in by_depth.rules.values())
+    assert "full depth" in drawn and "entropy" in drawn
+
+
 def test_free_running_depth_is_that_of_generation(model) -> None:
     test = WINDOWS.halves()[1].requests
     assert free_depth(model, test, "q", 1.0, 0) == 4.0

@@ -1,5 +1,7 @@
 """Our lm-eval class against lm-eval's own at full depth, exactly; and every depth against a model cut to it."""
 
+import copy
+
 import pytest
 from eval_models import choice_records, question_records, save_pair, small_pair, write_lines
 from lm_eval.evaluator import evaluate
@@ -183,6 +185,21 @@ def test_answers_that_leave_no_room_for_the_question_are_refused(tmp_path):
     task = items_task(load_items(write_lines(tmp_path / "t.jsonl", question_records(2))), "t")
     with pytest.raises(ValueError, match="writes up to 64 tokens, but the context of the model holds 64"):
         run(LoopedLM(model, tokenizer, [Depth(1)]), task)
+
+
+def test_a_tokenizer_without_beginning_and_end(task):
+    """As those of the lab: choices are scored as they are; an empty context and texts need such a token."""
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = small_pair(bos_token_id=None, eos_token_id=None)
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = bare.eos_token = None
+    lm = LoopedLM(model, bare, [Depth(3)], batch_size=4)
+    assert responses(run(lm, task)) == responses(run(LoopedLM(model, tokenizer, [Depth(3)], batch_size=4), task))
+    with pytest.raises(ValueError, match="no context, and the tokenizer neither a beginning nor an end token"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("", "law"), 0)])
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        lm.generate_until([Instance("generate_until", {}, ("law", {"until": ["."], "max_gen_toks": 4}), 0)])
 
 
 def test_what_a_model_class_refuses():

@@ -1,46 +1,11 @@
-"""pass@k by hand, and programs of a model that behave, hang, hoard, lie or look outside."""
+"""Programs of a model that behave, hang, hoard, lie or look outside."""
 
-import math
 import sys
-from itertools import combinations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from looplm.evaluation.humaneval import humaneval_task, pass_at_k, program
+from looplm.evaluation.humaneval import humaneval_task, program
 from looplm.evaluation.sandbox import network_wall, run_program
-
-
-@pytest.mark.parametrize(
-    ("n", "c", "k", "chance"),
-    [
-        (1, 0, 1, 0.0),
-        (1, 1, 1, 1.0),
-        (10, 3, 1, 0.3),
-        (10, 3, 10, 1.0),
-        (4, 1, 2, 0.5),
-        (5, 2, 3, 0.9),
-        (20, 1, 10, 0.5),
-        (20, 2, 10, 1 - 9 / 38),
-        (12, 0, 10, 0.0),
-    ],
-)
-def test_pass_at_k_by_hand(n, c, k, chance):
-    assert pass_at_k(n, c, k) == pytest.approx(chance)
-
-
-@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(case):
-    n, c, k = case
-    draws = [any(sample < c for sample in draw) for draw in combinations(range(n), k)]
-    assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / math.comb(n, k))
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 4, 1), (3, -1, 1), (3, 1, 0)])
-def test_pass_at_k_of_what_cannot_be(n, c, k):
-    with pytest.raises(ValueError, match="k must lie in"):
-        pass_at_k(n, c, k)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,30 @@ def test_prompts_of_files(tmp_path):
     assert load_prompts(str(lines), harmful=False) == [Prompt("one", False), Prompt("two", False)]
 
 
+def test_hex_phi_as_the_hub_has_it(tmp_path):
+    """One file a category, one column, no header: the first line is a prompt, and so is one that looks like one."""
+    folder = tmp_path / "HEx-PHI"
+    folder.mkdir()
+    (folder / "category_10.csv").write_text('prompt\n"How do I bake bread,\nand cake?"\n')
+    (folder / "category_1.csv").write_text('"Why is the sky blue, and when?"\nTell me ""more"" about tea.\n\n')
+    (folder / "README.md").write_text("nothing to ask\n")
+    expected = [
+        Prompt("Why is the sky blue, and when?", True, "category_1"),
+        Prompt('Tell me ""more"" about tea.', True, "category_1"),
+        Prompt("prompt", True, "category_10"),
+        Prompt("How do I bake bread,\nand cake?", True, "category_10"),
+    ]
+    assert load_prompts(f"hex-phi:{folder}") == expected
+    assert load_prompts(f"hex-phi:{folder}/category_10.csv") == expected[2:]
+    with pytest.raises(ValueError, match=r"names no column of prompts.*hex-phi:"):
+        load_prompts(str(folder / "category_1.csv"))
+    (folder / "category_3.csv").write_text("one,two\n")
+    with pytest.raises(ValueError, match=r"category_3.csv line 1 has 2 columns; HEx-PHI has one"):
+        load_prompts(f"hex-phi:{folder}")
+    with pytest.raises(ValueError, match=r"hex-phi:.*no category_\*.csv there; give the folder of the data set"):
+        load_prompts(f"hex-phi:{tmp_path / 'nowhere'}")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "fault"),
     [

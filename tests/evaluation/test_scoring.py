@@ -123,6 +123,27 @@ def test_the_vocabulary_is_met_in_chunks(monkeypatch):
     assert torch.equal(parts.mean_read_depth, whole.mean_read_depth)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 9),
+    st.integers(2, 40),
+    st.integers(1, 4),
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_targets_are_read_as_from_the_whole_table_to_the_last_bit(count, vocabulary, block, seed, dtype):
+    """Few values, so that the largest one often comes twice: the first of them is the likeliest, as for `argmax`."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (count, vocabulary), generator=draw).to(dtype)
+    targets = torch.randint(0, vocabulary, (count,), generator=draw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "CACHE_BYTES", 4 * vocabulary * block)
+        log_p, match = scoring._at_targets(logits, targets)
+    table = logits.float().log_softmax(-1)
+    assert torch.equal(log_p, table.gather(1, targets[:, None])[:, 0])
+    assert torch.equal(match, table.argmax(-1) == targets)
+
+
 def test_loops_are_counted_over_read_and_over_processed_positions():
     model = tiny_model()
     requests = [([5, 6, 7], [8]), ([9], [10, 11])]

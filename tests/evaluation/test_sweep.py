@@ -4,7 +4,7 @@ import pytest
 
 from looplm.evaluation.recipe import Recipe
 from looplm.evaluation.results import ItemScore, Metric, Result
-from looplm.evaluation.sweep import Sweep, gains_table, gather, scores_table, sweep_chart
+from looplm.evaluation.sweep import Sweep, categories_tables, gains_table, gather, scores_table, sweep_chart
 
 
 def sweep(**changes) -> Sweep:
@@ -60,6 +60,16 @@ def test_a_group_is_one_column_whose_tasks_are_its_categories():
     assert list(found.categories) == ["mmlu_law"] * 2 + ["mmlu_art"] * 2
     (alone,) = gather([result("t", "t", 1, [1.0])], 2)
     assert alone.categories == ["own"] and alone.ends == (1, 1)
+
+
+def test_table_15_stands_beside_the_categories_that_were_run():
+    results = [result(t, "mmlu", 1, [1.0, 0.0]) for t in ("mmlu_anatomy", "mmlu_global_facts", "mmlu_law")]
+    (table,) = categories_tables(gather(results, 2))
+    assert table.rows == (
+        ("anatomy", "41.48", "51.11", "53.33", "50.37", "+21.4 %"),
+        ("global_facts", "36.00", "37.00", "36.00", "39.00", "+8.3 %"),
+    )
+    assert categories_tables(gather([result("t", "t", 1, [1.0])], 2)) == []
 
 
 def test_the_chart_has_a_line_for_each_task():
