@@ -48,9 +48,10 @@ class Recording(Engine):
         super().__init__(model, max_rows=rows, kv_bytes=1 << 28, prefix_cache=False)
         self.logits: dict[Sequence, list[Tensor]] = {}
 
-    def _accept(self, read: Read) -> Sequence:
-        self.logits.setdefault(read.sequence, []).append(read.logits.float())
-        return super()._accept(read)
+    def _accept(self, reads: list[Read]) -> list[Sequence]:
+        for read in reads:
+            self.logits.setdefault(read.sequence, []).append(read.logits.float())
+        return super()._accept(reads)
 
 
 @dataclass(frozen=True)

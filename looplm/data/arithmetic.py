@@ -2,8 +2,8 @@
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
 that they teach a format and a little arithmetic, not conversation. A running sum is a problem whose answer is reached
-in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "38+5-4+9" is answered
-"43 39 48". The files that are shipped are what this writes:
+in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "18+5-4+9" is answered
+"23 19 28". The files that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("arithmetic.jsonl")
 RUNNING = Path(__file__).with_name("running_sums.jsonl")
 CONVERSATIONS = 800
 RUNNING_SUMS = 5000
-LARGEST = 99
+LARGEST = 29
 """No running sum is larger, or below 0."""
 
 

@@ -2,9 +2,10 @@
 
 Service is in order of rank: the number of arrival, less `PATIENCE` for each unit of priority. So a request of higher
 priority overtakes those that came up to `PATIENCE` requests before it, and none is overtaken for ever. The first in
-line is never passed by a smaller one behind it, but while it waits for a prefix that is being filled for another. When pages run out, the running sequence of the highest rank gives way
-and waits at its old place: under `per_loop` its positions are run again later at their recorded depths, which gives
-the same keys; under `last`, which has no parallel form, its pages are copied out and back.
+line is never passed by a smaller one behind it, but while a prefix that it can share is being filled for another. When
+pages run out, the running sequence of the highest rank gives way and waits at its old place: under `per_loop` its
+positions are run again later at their recorded depths, which gives the same keys; under `last`, which has no parallel
+form, its pages are copied out and back.
 """
 
 from __future__ import annotations

@@ -137,6 +137,28 @@ def test_a_small_pool_preempts_and_changes_nothing(policy: str) -> None:
     blocks_are_free(engine)
 
 
+def test_prompts_that_come_together_share_what_they_begin_with() -> None:
+    """Those behind wait for the blocks of the first, unrelated ones do not; a first one that ends is no loss."""
+    model, start = tiny_model(), tokens(40, seed=3).tolist()
+    prompts = [[*start, end] for end in (5, 6, 7)] + [tokens(9, seed=4).tolist()]
+    for cancelled in (False, True):
+        engine = Engine(model, kv_bytes=1 << 20)
+        requests = [engine.prepare(prompt, asking(exit_threshold=0.6)) for prompt in prompts]
+        for sequences in requests:
+            engine.submit(sequences)
+        engine.step()
+        assert [s.slot is not None for (s,) in requests] == [True, False, False, True]
+        if cancelled:
+            engine.cancel(requests[0][0].request)
+        while engine.busy:
+            engine.step()
+        finished = [s.completion() for (s,) in requests]
+        assert [c.cached_tokens for c in finished] == ([0, 0, 32, 0] if cancelled else [0, 32, 32, 0])
+        for completion in finished[cancelled:]:
+            check(model, completion, "per_loop")(asking(exit_threshold=0.6))
+        blocks_are_free(engine)
+
+
 @pytest.mark.parametrize("prefill", ["full", "adaptive"])
 def test_prefix_hits_change_nothing_but_the_work(prefill: str) -> None:
     model = tiny_model()
