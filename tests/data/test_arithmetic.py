@@ -3,7 +3,7 @@
 import json
 import re
 
-from looplm.data.arithmetic import CONVERSATIONS, FILE, text
+from looplm.data.arithmetic import CONVERSATIONS, FILE, LARGEST, RUNNING, RUNNING_SUMS, running_text, text
 from looplm.data.chat import check_conversation
 
 
@@ -32,3 +32,17 @@ def test_every_answer_is_right():
             assert right(question["content"], answer["content"]), record
             kinds.add(re.sub(r"\d+", "N", question["content"]))
     assert kinds == {"What is N + N?", "What is N - N?", "What is N times N?", "Which is larger, N or N?"}
+
+
+def test_running_sums_are_what_the_rule_writes_and_right():
+    assert RUNNING.read_text(encoding="utf-8") == running_text()
+    records = [json.loads(line) for line in RUNNING.read_text(encoding="utf-8").splitlines()]
+    questions = [record["messages"][0]["content"] for record in records]
+    assert len(set(questions)) == RUNNING_SUMS
+    for question, record in zip(questions, records, strict=True):
+        check_conversation(record["messages"], "sums")
+        terms = re.findall(r"[+-]?\d+", question)
+        totals = [sum(map(int, terms[: n + 1])) for n in range(1, len(terms))]
+        assert all(0 <= total <= LARGEST for total in totals) and 3 <= len(terms) <= 6
+        assert record["messages"][1]["content"] == " ".join(map(str, totals))
+        assert record["answer"] == str(totals[-1])

@@ -20,7 +20,7 @@ from looplm.training.planning import count_parameters, forward_flops, plan, plan
 from looplm.training.recipe import Recipe, Stage, load_recipe
 from looplm.training.schedule import BatchPlan
 
-TUNING = {"ouro-sft", "sft-cpu"}  # see tests/tuning
+TUNING = {"ouro-sft", "sft-cpu", "sums-sft-cpu", "grpo-cpu"}  # see tests/tuning
 RECIPES = sorted(p for p in (Path(looplm.__file__).parent / "recipes").glob("*.yaml") if p.stem not in TUNING)
 
 
