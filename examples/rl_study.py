@@ -28,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rules", type=Path, default=RULES)
     parser.add_argument("--only", nargs="*", help="arms")
     options = parser.parse_args()
-    rules = yaml.safe_load(RULES.read_text("utf-8"))
+    rules = yaml.safe_load(options.rules.read_text("utf-8"))
     if options.what == "report":
         from rl_report import report
 
