@@ -64,6 +64,7 @@ class KVPool:
 
     Attributes:
         core: (L, pages, BLOCK, 2, H_kv, D_h), keys and values side by side; `edge` likewise for prelude and coda.
+        layers, edge_layers: the same, layer by layer.
         page_bytes: of a page, `layer_bytes` of it in each layer; `edge_bytes` of an edge page.
         tables: (rows, T, blocks) int64, the page of each block in each loop; `edge_tables` (rows, blocks).
 
@@ -101,6 +102,7 @@ class KVPool:
         self.edge = torch.empty(edges, blocks_at_once + 2, *page, dtype=dtype, device=device)
         for pages in (self.core, self.edge):
             pages[:, :2] = 0
+        self.layers, self.edge_layers = self.core.unbind(), self.edge.unbind()
         self.tables = torch.zeros(rows, num_loops, blocks, dtype=torch.int64, device=device)
         self.edge_tables = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
         self._scratch = self.core.new_empty(0, *page)

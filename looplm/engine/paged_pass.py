@@ -162,9 +162,9 @@ class PagedPass(PassContext):
         """The pages of a layer and what they are pages of."""
         index = layer - self.num_prelude_layers
         if 0 <= index < self.num_core_layers:
-            return self.looped, self.pool.core[index]
+            return self.looped, self.pool.layers[index]
         assert self.once is not None
-        return self.once, self.pool.edge[layer if index < 0 else layer - self.num_core_layers]
+        return self.once, self.pool.edge_layers[layer if index < 0 else layer - self.num_core_layers]
 
     def adapt(self, layer: int) -> Adapt | None:
         """What the rows' adapters add in `layer`."""
