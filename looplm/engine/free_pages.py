@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import sub
 
 
 class FreePages:
@@ -57,7 +58,8 @@ class FreePages:
 
     def _widest(self, count: int) -> tuple[int, int]:
         """The widest gap, and where `count` pages are to start in it."""
-        gap = max(range(len(self._starts)), key=lambda gap: self._stops[gap] - self._starts[gap])
+        widths = list(map(sub, self._stops, self._starts))
+        gap = widths.index(max(widths))
         start, stop = self._starts[gap], self._stops[gap]
         middle = (start + stop) // 2
         return gap, middle if stop - middle >= count else max(start, stop - count)
