@@ -28,10 +28,7 @@ from looplm.model.context import PassContext
 from looplm.model.exiting import select
 from looplm.model.freezing import freeze
 from looplm.model.modeling import OuroForCausalLM
-from looplm.model.readout import READ_BYTES
-
-CACHE_BYTES = 3 << 19
-"""Log-probabilities written at a time, in bytes."""
+from looplm.model.readout import READ_BYTES, at_targets, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,7 @@ def _selected(model: OuroForCausalLM, batch: Batch, depth: Depth, kept: _Kept, c
 
 def _read_targets(model: OuroForCausalLM, batch: Batch, read: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and matches (R,) of the targets, of what the head reads (R, D)."""
-    found = [_at_targets(model.lm_head(read[part]), batch.targets[part]) for part in _parts(model, batch)]
+    found = [at_targets(model.lm_head(read[part]), batch.targets[part]) for part in _parts(model, batch)]
     log_p, match = zip(*found, strict=True)
     return torch.cat(log_p), torch.cat(match)
 
@@ -254,8 +251,8 @@ def _read_rows(
     log_p, match = {}, {}
     for loop, read in kept.reads.items():
         logits = model.lm_head(read[part])
-        log_p[loop], match[loop] = _at_targets(logits, wanted)
-        whole = cache(partial(_log_probabilities, logits))  # all rules that read the vocabulary share it
+        log_p[loop], match[loop] = at_targets(logits, wanted)
+        whole = cache(partial(log_probabilities, logits))  # all rules that read the vocabulary share it
         for tracker in trackers.values():
             active = tracker.active
             if len(active):
@@ -270,28 +267,6 @@ def _read_rows(
         tables = [torch.stack([table[loop] for loop in loops])[exits - 1, every] for table in (log_p, match)]
         result.append((tables[0], tables[1], exits))
     return result
-
-
-def _at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target (C,), and whether it is the likeliest token, of logits (C, V).
-
-    Only so many rows of log-probabilities exist at a time as a processor's cache holds. The likeliest token is looked
-    for where the target has the largest value; of equal ones it is the first, as `argmax` has it.
-    """
-    size = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.is_cpu else len(logits)
-    values, matches = [], []
-    for first in range(0, len(logits), size):
-        found, wanted = _log_probabilities(logits[first : first + size]), targets[first : first + size]
-        value = found.gather(1, wanted[:, None])[:, 0]
-        match = value == found.amax(-1)
-        match[match.clone()] = found[match].argmax(-1) == wanted[match]
-        values.append(value)
-        matches.append(match)
-    return torch.cat(values), torch.cat(matches)
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 @dataclass(frozen=True)

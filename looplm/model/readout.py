@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from looplm.model.context import PassContext
 from looplm.model.modeling import OuroForCausalLM
 
+CACHE_BYTES = 3 << 19
+"""Log-probabilities written at a time, in bytes."""
 READ_BYTES = 32 << 20
 """Log-probabilities held of one loop at a time, in bytes (two or three such buffers live at once)."""
 
@@ -120,3 +122,26 @@ def check_ids(ids: Tensor, model: OuroForCausalLM, name: str) -> None:
     if ids.shape[1] > model.config.max_position_embeddings:
         limit = model.config.max_position_embeddings
         raise ValueError(f"{name} has {ids.shape[1]} tokens, but the context holds {limit}; shorten it")
+
+
+def at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (C,), and whether it is the likeliest token, of logits (C, V).
+
+    Only so many rows of log-probabilities exist at a time as a processor's cache holds. The likeliest token is looked
+    for where the target has the largest value; of equal ones it is the first, as `argmax` has it.
+    """
+    size = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.is_cpu else len(logits)
+    values, matches = [], []
+    for first in range(0, len(logits), size):
+        found, wanted = log_probabilities(logits[first : first + size]), targets[first : first + size]
+        value = found.gather(1, wanted[:, None])[:, 0]
+        match = value == found.amax(-1)
+        match[match.clone()] = found[match].argmax(-1) == wanted[match]
+        values.append(value)
+        matches.append(match)
+    return torch.cat(values), torch.cat(matches)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits (..., V), in fp32 (fp64 for fp64)."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

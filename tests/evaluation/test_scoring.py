@@ -14,6 +14,7 @@ from looplm.evaluation.forcing import score_forced
 from looplm.evaluation.items import Item
 from looplm.evaluation.scoring import Scores, choice_requests, chosen, score, score_batches
 from looplm.exits import Confidence, FixedDepth, QExit, SampledExit, StateDifference
+from looplm.model import readout
 
 FIXED = [Depth(loop) for loop in (1, 2, 3, 5)]
 RULES = {
@@ -137,8 +138,8 @@ def test_targets_are_read_as_from_the_whole_table_to_the_last_bit(count, vocabul
     logits = torch.randint(0, 4, (count, vocabulary), generator=draw).to(dtype)
     targets = torch.randint(0, vocabulary, (count,), generator=draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "CACHE_BYTES", 4 * vocabulary * block)
-        log_p, match = scoring._at_targets(logits, targets)
+        patch.setattr(readout, "CACHE_BYTES", 4 * vocabulary * block)
+        log_p, match = readout.at_targets(logits, targets)
     table = logits.float().log_softmax(-1)
     assert torch.equal(log_p, table.gather(1, targets[:, None])[:, 0])
     assert torch.equal(match, table.argmax(-1) == targets)
