@@ -10,6 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import rl_study
+
 from looplm.files import write_json, write_text
 from looplm.lab.figures import dot_chart, line_chart
 from looplm.lab.statistics import interval, p_greater
@@ -32,7 +34,7 @@ def _rows(rules: dict[str, Any], root: Path) -> Rows:
     found: Rows = {}
     for arm in ("sft", *rules["arms"]):
         for seed in rules["seeds"]:
-            folder = root / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
+            folder = root / f"{rl_study.slug(arm)}-{seed}"
             if (folder / "row.json").is_file():
                 row = json.loads((folder / "row.json").read_text("utf-8"))
                 calibrated = folder / "calibrated.json"
@@ -112,8 +114,6 @@ def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> 
 
 
 def _command() -> str:
-    import rl_study
-
     return "\n".join(line for line in (rl_study.__doc__ or "").splitlines() if line.startswith("    "))
 
 

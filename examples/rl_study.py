@@ -58,7 +58,7 @@ def _sft_runs(rules: dict[str, Any], arms: list[str]) -> Iterator[Run]:
 def _sweep_runs(rules: dict[str, Any], arms: list[str]) -> Iterator[Run]:
     for arm in arms:
         for rate in rules["learning_rates"]:
-            folder = ROOT / f"sweep-{_slug(arm)}-{rate:g}"
+            folder = ROOT / f"sweep-{slug(arm)}-{rate:g}"
             yield {"arm": arm, "seed": rules["sweep_seed"], "rate": rate, "folder": str(folder), "rules": rules}
 
 
@@ -66,7 +66,7 @@ def _seed_runs(rules: dict[str, Any], arms: list[str]) -> Iterator[Run]:
     for arm in arms:
         rate = best_rate(rules, ROOT, arm)
         for seed in rules["seeds"]:
-            yield {"arm": arm, "seed": seed, "rate": rate, "folder": str(ROOT / f"{_slug(arm)}-{seed}"), "rules": rules}
+            yield {"arm": arm, "seed": seed, "rate": rate, "folder": str(ROOT / f"{slug(arm)}-{seed}"), "rules": rules}
 
 
 def _calibrated_runs(rules: dict[str, Any], arms: list[str]) -> Iterator[Run]:
@@ -75,15 +75,15 @@ def _calibrated_runs(rules: dict[str, Any], arms: list[str]) -> Iterator[Run]:
         arm, other = contrast["right"]["arm"], contrast["left"]["arm"]
         if contrast["right"].get("calibrated") and {arm, other} <= set(arms):
             for seed in rules["seeds"]:
-                target = read(ROOT / f"{_slug(other)}-{seed}")["own"]["mean_depth"]
-                yield {"folder": str(ROOT / f"{_slug(arm)}-{seed}"), "target": target, "rules": rules}
+                target = read(ROOT / f"{slug(other)}-{seed}")["own"]["mean_depth"]
+                yield {"folder": str(ROOT / f"{slug(arm)}-{seed}"), "target": target, "rules": rules}
 
 
 def best_rate(rules: dict[str, Any], root: Path, arm: str) -> float:
     """The learning rate whose sweep run came out best, at the depths of its mode."""
 
     def outcome(rate: float) -> float:
-        return float(read(root / f"sweep-{_slug(arm)}-{rate:g}")["own"]["outcome"])
+        return float(read(root / f"sweep-{slug(arm)}-{rate:g}")["own"]["outcome"])
 
     return float(max(rules["learning_rates"], key=outcome))
 
@@ -94,7 +94,8 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _slug(arm: str) -> str:
+def slug(arm: str) -> str:
+    """An arm in the names of folders."""
     return arm.replace(",", "").replace(" ", "-")
 
 
@@ -226,7 +227,7 @@ def _measured(model: Path, grpo: Any, loops: int | None = None) -> dict[str, Any
     drawing = Drawing(None, loops or looped.config.total_ut_steps, 0.0, grpo.max_new_tokens, 1 << 30)
     with Rewards(grpo.rewards, environment) as rewards:
         problems = environment.test[: grpo.held_out.problems]
-        return asdict(measure_held_out(looped, tokenizer, problems, rewards, replace(drawing)))
+        return asdict(measure_held_out(looped, tokenizer, problems, rewards, drawing))
 
 
 if __name__ == "__main__":

@@ -81,3 +81,8 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def public_name(model: str) -> str:
+    """The name for a card: of a hub model as it is, of a file or folder without the folders around it."""
+    return Path(model).resolve().name if Path(model).exists() else model

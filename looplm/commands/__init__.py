@@ -4,17 +4,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 def command_line() -> str:
     """The command as it was typed, for reports."""
     return shlex.join(["looplm", *sys.argv[1:]])
-
-
-def public_name(model: str) -> str:
-    """The name for a card: of a hub model as it is, of a file or folder without the folders around it."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from looplm.commands import command_line, public_name, share_done
+from looplm.commands import command_line, share_done
+from looplm.files import public_name
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from looplm.commands import public_name
+from looplm.files import public_name
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from looplm.commands import public_name, share_done
+from looplm.commands import share_done
+from looplm.files import public_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

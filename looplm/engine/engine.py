@@ -97,7 +97,7 @@ class Engine:
         self.ticks = 0
         self._arrivals = itertools.count()
         self.live: dict[int, list[Sequence]] = {}
-        self._ends = _end_tokens(model)
+        self._ends = end_tokens(model)
 
     # --- requests ---
 
@@ -334,7 +334,7 @@ def _shift_seed(options: DepthOptions, index: int) -> DepthOptions:
     return replace(options, rule=SampledExit(int(options.rule.seed) + index))
 
 
-def _end_tokens(model: OuroForCausalLM) -> frozenset[int]:
+def end_tokens(model: OuroForCausalLM) -> frozenset[int]:
     """The end tokens of the generation configuration, else of the model's."""
     settings = model.generation_config
     ends = model.config.eos_token_id if settings is None else settings.eos_token_id

@@ -75,6 +75,8 @@ class Scheduler:
 
     def admit(self) -> None:
         """Seat those that wait, in order, while there is room; those whose prefix is on its way wait for it."""
+        if not (self._waiting and self._slots):
+            return
         coming = {key for s in self.running if s.prefilling for key in self._missing(s)[:1]}
         held = []
         while self._waiting and self._slots:

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from looplm.files import save_folder, write_json, write_text
+from looplm.files import public_name, save_folder, write_json, write_text
 from looplm.model.loading import load_config, load_model
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.saving import Provenance, write_model
@@ -237,7 +237,7 @@ def _finish(work: Work, rewards: Rewards, before: dict[str, Any]) -> dict[str, A
         "before": before,
         "after": after,
     }
-    base = Path(recipe.model).resolve().name if Path(recipe.model).exists() else recipe.model
+    base = public_name(recipe.model)
     what = "all weights" if work.adapter is None else f"an adapter of rank {work.adapter.r}, merged"
     origin = (
         f"Reinforcement learning by looplm of {base}: {recipe.algorithm.upper()} with depths of mode "

@@ -39,7 +39,7 @@ from looplm.tuning.resuming import Resumable
 from looplm.tuning.rewards import Rewards
 from looplm.tuning.rl_recipe import GRPORecipe
 from looplm.tuning.rollouts import Drawing, Rows, Sample, roll_out
-from looplm.tuning.trainer import SCHEDULES
+from looplm.tuning.trainer import shared_arguments
 
 RATIO_FREE = ("per-loop", "paper-off-policy")
 """Modes whose loss has no ratios."""
@@ -49,35 +49,16 @@ def grpo_arguments(recipe: GRPORecipe, folder: Path) -> GRPOConfig:
     """What a recipe means to TRL; checkpoints go below `folder`."""
     rows, each = recipe.prompts * recipe.samples, recipe.updates * recipe.epochs
     return GRPOConfig(
-        output_dir=str(folder),
+        **shared_arguments(recipe, folder),
         max_steps=recipe.steps * each,
-        per_device_train_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=rows // (recipe.micro_batch_size * recipe.updates),
         steps_per_generation=rows // recipe.micro_batch_size,
         num_iterations=recipe.epochs,
         num_generations=recipe.samples,
         max_completion_length=recipe.max_new_tokens,
         beta=0.0,  # the reference is ours, as it has depths too
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type=SCHEDULES[recipe.decay],
-        optim="adamw_torch",
-        adam_beta1=recipe.betas[0],
-        adam_beta2=recipe.betas[1],
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.clip,
         bf16=False,
-        use_cpu=not torch.accelerator.is_available(),
-        activation_checkpointing=recipe.gradient_checkpointing,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=recipe.checkpoints.every_steps * each,  # never between the updates of one rollout
-        save_total_limit=recipe.checkpoints.keep,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -247,9 +228,11 @@ class LoopGRPOTrainer(Resumable, GRPOTrainer):
             divergence = k3(actions.joint, self._reference(rows, old))
             self.record["kl"].append((share * divergence).sum().item())
             loss = loss + recipe.kl * (share * divergence).sum()
-        if recipe.depth.gate_entropy:
+        if recipe.depth.mode in ("sampled", "adaptive"):
             entropy = self._gate_entropy(now, rows)
-            loss = loss - recipe.depth.gate_entropy * (share * entropy).sum()
+            self.record["gate_entropy"].append(entropy.sum().item() / max(rows.exits.sum().item(), 1))
+            if recipe.depth.gate_entropy:
+                loss = loss - recipe.depth.gate_entropy * (share * entropy).sum()
         return loss
 
     def _replay(self, model: OuroForCausalLM, rows: Rows) -> Replay:
@@ -286,8 +269,6 @@ class LoopGRPOTrainer(Resumable, GRPOTrainer):
         moved = (actions.joint - old.joint).exp()
         outside = (moved < 1 - self.recipe.clip_low) | (moved > 1 + cast(float, self.recipe.clip_high))
         self.record["outside_clip"].append((outside & rows.acts).sum().item() / targets)
-        if depth.mode in ("sampled", "adaptive"):
-            self.record["gate_entropy"].append(self._gate_entropy(now, rows).sum().item() / exits)
         if depth.exit_threshold is not None:
             recorded, limits = rows.depths * rows.exits, (depth.min_loops, self.drawing.loops)
             changed = changed_depths(now.gate_logits, recorded, depth.exit_threshold, *limits)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from looplm.engine.engine import Engine
+from looplm.engine.engine import Engine, end_tokens
 from looplm.engine.sampling import SamplingParams, draw
 from looplm.exits import ExitRule, FixedDepth, QExit, SampledExit
 from looplm.model.cache import LoopCache
@@ -137,9 +137,7 @@ def _selected(
     model: OuroForCausalLM, prompts: Sequence[list[int]], seeds: Sequence[int], drawing: Drawing
 ) -> list[Sample]:
     """Full depth everywhere, each new token read at the first loop over the threshold; rows in lockstep."""
-    settings = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    ends = set(settings if isinstance(settings, list) else [] if settings is None else [settings])
-    longest = max(map(len, prompts))
+    ends, longest = end_tokens(model), max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -171,7 +169,7 @@ def _selected(
     return [_sample(prompt, done, drawing.loops, ends) for prompt, done in zip(prompts, found, strict=True)]
 
 
-def _sample(prompt: list[int], done: list[tuple[int, float, int]], loops: int, ends: set[int]) -> Sample:
+def _sample(prompt: list[int], done: list[tuple[int, float, int]], loops: int, ends: frozenset[int]) -> Sample:
     tokens, log_probabilities, depths = (list(part) for part in zip(*done, strict=True))
     before = [loops] * (len(prompt) - 1)  # run to full depth and never read
     return Sample(prompt, tokens, [*before, *depths], log_probabilities, [0.0] * len(tokens), tokens[-1] in ends)

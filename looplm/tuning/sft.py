@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from looplm.data.sources import open_source
-from looplm.files import save_folder, write_json, write_text
+from looplm.files import public_name, save_folder, write_json, write_text
 from looplm.model.loading import load_config, load_model
 from looplm.model.measuring import TextMeasurement
 from looplm.model.modeling import OuroForCausalLM
@@ -222,7 +222,7 @@ def _finish(
     }
     learn_to_stop(work.model, work.tokenizer, data)
     what = "all weights" if work.adapter is None else f"an adapter of rank {work.adapter.r}, merged"
-    base = Path(recipe.model).resolve().name if Path(recipe.model).exists() else recipe.model
+    base = public_name(recipe.model)
     origin = f"Supervised fine-tuning by looplm of {base}: {what}, {steps} steps."
     origin += "" if gate is None else " The gate was fitted to the tuned model afterwards (Stage II)."
     provenance = Provenance(

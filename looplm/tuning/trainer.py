@@ -18,38 +18,46 @@ from looplm.objectives.token_losses import IGNORED
 from looplm.training.tracking import MetricsLog, Progress
 from looplm.tuning.recipe import SFTRecipe
 from looplm.tuning.resuming import Resumable
+from looplm.tuning.rl_recipe import GRPORecipe
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "none": "constant_with_warmup"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "none": "constant_with_warmup"}
+
+
+def shared_arguments(recipe: SFTRecipe | GRPORecipe, folder: Path) -> dict[str, Any]:
+    """What both kinds of recipe mean to transformers; checkpoints go below `folder`."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": recipe.warmup_steps,
+        "lr_scheduler_type": _SCHEDULES[recipe.decay],
+        "optim": "adamw_torch",
+        "adam_beta1": recipe.betas[0],
+        "adam_beta2": recipe.betas[1],
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "use_cpu": not torch.accelerator.is_available(),
+        "activation_checkpointing": recipe.gradient_checkpointing,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": recipe.checkpoints.keep,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 def training_arguments(recipe: SFTRecipe, folder: Path, bf16: bool) -> SFTConfig:
     """What a recipe means to TRL; checkpoints go below `folder`."""
     return SFTConfig(
-        output_dir=str(folder),
+        **shared_arguments(recipe, folder),
         num_train_epochs=recipe.epochs,
         max_steps=recipe.steps or -1,
-        per_device_train_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.batch_rows // recipe.micro_batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type=SCHEDULES[recipe.decay],
-        optim="adamw_torch",
-        adam_beta1=recipe.betas[0],
-        adam_beta2=recipe.betas[1],
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.clip,
         bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),
-        activation_checkpointing=recipe.gradient_checkpointing,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=recipe.checkpoints.every_steps,
-        save_total_limit=recipe.checkpoints.keep,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
