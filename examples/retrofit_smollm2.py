@@ -24,10 +24,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from looplm.commands import public_name
 from looplm.data.pipeline import Windows
 from looplm.data.texts import read_text
-from looplm.files import save_folder, write_json
+from looplm.files import public_name, save_folder, write_json
 from looplm.model.dense import load_dense
 from looplm.model.measuring import encode_text
 from looplm.model.modeling import OuroForCausalLM
