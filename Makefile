@@ -25,6 +25,7 @@ lint: .venv/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
 bench: .venv/.dev  ## the training-step benchmark against the plain implementation
 	$(BIN)/python benchmarks/training_step.py
