@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,13 +26,13 @@ from looplm.files import public_name, save_folder, write_json, write_text
 from looplm.model.loading import load_config, load_model
 from looplm.model.modeling import OuroForCausalLM
 from looplm.model.saving import Provenance, write_model
-from looplm.training.resume import RunLock, Stopped, StopSignal
+from looplm.training.resume import RunLock, StopSignal
 from looplm.training.tracking import MetricsLog, Progress
 from looplm.tuning.environments import Environment, open_environment
 from looplm.tuning.grpo_trainer import LoopGRPOTrainer
 from looplm.tuning.held_out import HeldOut, measure_held_out, prompt_ids
-from looplm.tuning.lora import adapter_config, save_adapter, weights_digest
-from looplm.tuning.resuming import Keeper, check_folder, resume_point
+from looplm.tuning.lora import adapter_config, keep_adapter, weights_digest
+from looplm.tuning.resuming import Keeper, check_folder, finished, resume_point
 from looplm.tuning.rewards import Rewards
 from looplm.tuning.rl_recipe import GRPORecipe
 from looplm.tuning.rollouts import Drawing
@@ -80,9 +79,8 @@ def reinforce(recipe: GRPORecipe) -> dict[str, Any]:
     folder = Path(recipe.output)
     with RunLock(folder) as lock, StopSignal() as stop:
         check_folder(recipe, folder)
-        if (folder / "report.json").is_file():
-            found: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
-            return found
+        if (report := finished(folder)) is not None:
+            return report
         work = _begin(recipe, folder)
         with Rewards(recipe.rewards, work.environment) as rewards, MetricsLog(folder / "metrics.jsonl") as log:
             folder.mkdir(parents=True, exist_ok=True)
@@ -172,16 +170,9 @@ def _train(work: Work, rewards: Rewards, log: MetricsLog, stop: StopSignal) -> N
             callbacks=[Teller(log, bar), Keeper(log, stop, each)],
             peft_config=work.adapter,
         )
-        trainer.remove_callback(PrinterCallback)
-        if found is not None:
-            bar.note(f"going on from step {found.name.removeprefix('checkpoint-')}")
-        trainer.go_on(found)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"stopped and saved at step {trainer.state.global_step}; start the same command again to go on")
+        trainer.go_on(found, bar)
     if work.adapter is not None:
-        tuned = cast("PeftModel", trainer.model)
-        save_folder(work.folder / "adapter", lambda path: save_adapter(path, tuned, recipe.model, work.base_digest))
-        tuned.merge_and_unload()
+        keep_adapter(work.folder / "adapter", cast("PeftModel", trainer.model), recipe.model, work.base_digest)
     cast("Any", work.model).eval()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from looplm.engine.adapters import load_adapter
-from looplm.files import write_json
+from looplm.files import save_folder, write_json
 from looplm.model.configuration import OuroConfig
 from looplm.model.loading import first_line
 from looplm.model.modeling import OuroForCausalLM
@@ -54,15 +54,20 @@ def _reason(name: str, config: OuroConfig) -> str:
     return ", which the loss and the engine read without adapters, so that one would never be trained"
 
 
-def save_adapter(folder: Path, tuned: PeftModel, base: str, base_digest: str) -> None:
-    """Write the files of an adapter folder.
+def keep_adapter(folder: Path, tuned: PeftModel, base: str, base_digest: str) -> None:
+    """Write what `merge_adapter` needs, under a temporary name and renamed, and merge the adapter into its model.
 
     Args:
         base: folder or hub name of the model it was trained on.
         base_digest: `weights_digest` of that model.
     """
-    tuned.save_pretrained(str(folder))
-    write_json(folder / BASE, {"model": base, "weights_sha256": base_digest})
+
+    def write(place: Path) -> None:
+        tuned.save_pretrained(str(place))
+        write_json(place / BASE, {"model": base, "weights_sha256": base_digest})
+
+    save_folder(folder, write)
+    tuned.merge_and_unload()
 
 
 def save_gate(folder: Path, gate: Mapping[str, Tensor]) -> None:

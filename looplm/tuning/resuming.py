@@ -11,33 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from looplm.files import write_json
 from looplm.settings import Section
-from looplm.training.resume import StopSignal, differences
-from looplm.training.tracking import MetricsLog
+from looplm.training.resume import Stopped, StopSignal, differences
+from looplm.training.tracking import MetricsLog, Progress
 
 MARK = "whole.json"
 """Written into a checkpoint when all else of it is; holds how long metrics.jsonl was."""
 
 
 class Resumable:
-    """For trainers of transformers: trains from a checkpoint on, and writes no card beside checkpoints."""
+    """For trainers of transformers: trains from a checkpoint to the end, and writes no card beside checkpoints."""
 
-    def go_on(self: Any, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint on where one is given.
+    def go_on(self: Any, checkpoint: Path | None, bar: Progress) -> None:
+        """Train to the last step, from a checkpoint on where one is given.
 
         One of the last step has its weights taken and nothing more: `train` would do another step.
+
+        Raises:
+            Stopped: that was asked for on the way; the state is saved.
         """
+        self.remove_callback(PrinterCallback)
         if checkpoint is not None:
+            bar.note(f"going on from step {checkpoint.name.removeprefix('checkpoint-')}")
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if state.global_step >= state.max_steps:
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step = self.state.global_step
+        if step < self.state.max_steps:
+            raise Stopped(f"stopped and saved at step {step}; start the same command again to go on")
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """None beside checkpoints: the model folder gets a card of its own."""
@@ -62,6 +70,12 @@ class Keeper(TrainerCallback):
         """Save and stop after this step, where that was asked for."""
         if self.stop.requested and state.global_step % self.every == 0:
             control.should_save = control.should_training_stop = True
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The report of a run that has reached its end; None of one that has not."""
+    file = folder / "report.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase
 
 from looplm.data.sources import open_source
 from looplm.files import public_name, save_folder, write_json, write_text
@@ -27,13 +27,13 @@ from looplm.model.saving import Provenance, write_model
 from looplm.objectives.token_losses import IGNORED
 from looplm.training.acceleration import choose_autocast
 from looplm.training.frontier import Gate, gate_of
-from looplm.training.resume import RunLock, Stopped, StopSignal
+from looplm.training.resume import RunLock, StopSignal
 from looplm.training.tracking import MetricsLog, Progress
 from looplm.tuning.conversations import Conversations, collate, marked_template, prepare_conversations, windows
-from looplm.tuning.lora import adapter_config, save_adapter, save_gate, weights_digest
+from looplm.tuning.lora import adapter_config, keep_adapter, save_gate, weights_digest
 from looplm.tuning.recalibration import Recalibration, check_gate, measure_rows, recalibrate
 from looplm.tuning.recipe import SFTRecipe
-from looplm.tuning.resuming import Keeper, check_folder, resume_point
+from looplm.tuning.resuming import Keeper, check_folder, finished, resume_point
 from looplm.tuning.trainer import LoopSFTTrainer, Reporter, training_arguments
 
 BEYOND = 2
@@ -87,9 +87,8 @@ def tune(recipe: SFTRecipe) -> dict[str, Any]:
     folder = Path(recipe.output)
     with RunLock(folder) as lock, StopSignal() as stop:
         check_folder(recipe, folder)
-        if (folder / "report.json").is_file():
-            found: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
-            return found
+        if (report := finished(folder)) is not None:
+            return report
         work = _begin(recipe, folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.take()
@@ -171,20 +170,12 @@ def _train(work: Work, data: Conversations, log: MetricsLog, stop: StopSignal) -
             objective=recipe.objective,
             exit_beta=recipe.exit_beta,
         )
-        trainer.remove_callback(PrinterCallback)
-        if found is not None:
-            bar.note(f"going on from step {found.name.removeprefix('checkpoint-')}")
-        trainer.go_on(found)
-    steps = trainer.state.global_step
-    if steps < trainer.state.max_steps:
-        raise Stopped(f"stopped and saved at step {steps}; start the same command again to go on")
+        trainer.go_on(found, bar)
     if work.adapter is not None:
-        tuned = cast("PeftModel", trainer.model)
-        save_folder(work.folder / "adapter", lambda path: save_adapter(path, tuned, recipe.model, work.base_digest))
-        tuned.merge_and_unload()
+        keep_adapter(work.folder / "adapter", cast("PeftModel", trainer.model), recipe.model, work.base_digest)
     work.model.__dict__.pop("forward", None)  # TRL's own way through the head, which nothing here takes
     cast("Any", work.model).to(work.dtype).eval()
-    return steps
+    return trainer.state.global_step
 
 
 def _recalibrate(work: Work, data: Conversations, log: MetricsLog) -> Recalibration:
