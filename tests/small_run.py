@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from looplm.data.pipeline import EncodedCorpus
+from looplm.data.tokenizers import train_bpe
 from looplm.model.configuration import OuroConfig
 from looplm.model.modeling import OuroForCausalLM
 from looplm.training.recipe import Recipe
@@ -85,6 +87,23 @@ def small_model(**fields: Any) -> OuroForCausalLM:
         "pad_token_id": None,
     }
     return OuroForCausalLM(OuroConfig(**{**defaults, **fields}))
+
+
+def save_small_pair(folder: Path, text: str, gain: float = 1) -> Path:
+    """A random model of 3 loops and a context of 64 tokens, with a tokenizer of `text`, in a folder.
+
+    `gain` multiplies the matrices: with more than 1 the loops differ in what they say.
+    """
+    tokenizer = train_bpe([text * 4], 300)
+    torch.manual_seed(0)
+    model = small_model(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(gain)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def encoded(lengths: list[int], seed: int = 0, characters: int = 1000) -> EncodedCorpus:

@@ -6,10 +6,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
-from small_run import small_model
+from small_run import save_small_pair
 
-from looplm.data.tokenizers import train_bpe
 from looplm.evaluation.faithfulness import study
 from looplm.evaluation.recipe import Recipe
 
@@ -18,17 +16,7 @@ TEXT = "is it so that one and two are three ? true false how do I bake bread . "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a random model of 3 loops and a context of 64 tokens."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), train_bpe([TEXT * 4], 300)
-    torch.manual_seed(0)
-    made = small_model(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_pair(tmp_path_factory.mktemp("model"), TEXT, gain=6)
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from small_run import small_model
+from small_run import save_small_pair
 
-from looplm.data.tokenizers import train_bpe
 from looplm.model.loading import load_model
 from looplm.model.trace_page import trace_page
 from looplm.model.tracing import Trace, trace
@@ -19,12 +17,7 @@ TEXT = "the loop goes round, and the gate opens. "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a random model of 3 loops and a context of 64 tokens."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), train_bpe([TEXT * 4], 300)
-    torch.manual_seed(0)
-    small_model(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_pair(tmp_path_factory.mktemp("model"), TEXT)
 
 
 @pytest.fixture

@@ -5,22 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from small_run import small_model
-
-from looplm.data.tokenizers import train_bpe
+from small_run import save_small_pair
 
 TEXT = "the loop goes round, and the gate opens. "
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a random model of 3 loops and a context of 64 tokens."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), train_bpe([TEXT * 4], 300)
-    torch.manual_seed(0)
-    small_model(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_pair(tmp_path_factory.mktemp("model"), TEXT)
 
 
 @pytest.fixture

@@ -94,6 +94,22 @@ def command(arguments: list[str], log: str, moment: Moment | None, prepare: Call
     main()
 
 
+def run_command(arguments: list[str], log: Path, moment: Moment | None = None) -> tuple[int | None, str]:
+    """`looplm ARGUMENTS` as a process of its own: exit code (minus the signal) and what it said."""
+    return _ended(_started(arguments, log, moment), log)
+
+
+def _started(arguments: list[str], log: Path, moment: Moment | None, prepare: Callable[[], None] | None = None) -> Any:
+    child = CONTEXT.Process(target=command, args=(arguments, str(log), moment, prepare))
+    child.start()
+    return child
+
+
+def _ended(child: Any, log: Path) -> tuple[int | None, str]:
+    child.join(400)
+    return child.exitcode, log.read_text()
+
+
 class Runs:
     """Starts of one command, `looplm train RECIPE`, in a folder of its own."""
 
@@ -110,16 +126,11 @@ class Runs:
         return Path(self.values["output"])
 
     def begin(self, moment: Moment | None = None, *more: str) -> Any:
-        arguments = ["train", str(self.recipe), *more]
-        child = CONTEXT.Process(target=command, args=(arguments, str(self.log), moment, self.prepare))
-        child.start()
-        return child
+        return _started(["train", str(self.recipe), *more], self.log, moment, self.prepare)
 
     def run(self, moment: Moment | None = None, *more: str) -> tuple[int | None, str]:
         """Until the process ends; its exit code (minus the signal) and what it said."""
-        child = self.begin(moment, *more)
-        child.join(400)
-        return child.exitcode, self.log.read_text()
+        return _ended(self.begin(moment, *more), self.log)
 
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what the clock says."""

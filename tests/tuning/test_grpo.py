@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from killing import CONTEXT, Moment, command
+from killing import Moment, run_command
 from tuned import grpo_recipe, grpo_values, save_base
 
 from looplm.model.loading import load_model
@@ -179,14 +179,6 @@ def test_faults_of_a_recipe(tmp_path, base, changes, message):
 # ---- killed
 
 
-def run(recipe: Path, log: Path, moment: Moment | None = None):
-    """`looplm grpo RECIPE` as a process of its own: exit code and what it said."""
-    child = CONTEXT.Process(target=command, args=(["grpo", str(recipe)], str(log), moment, None))
-    child.start()
-    child.join(400)
-    return child.exitcode, log.read_text()
-
-
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
     recipes = {}
@@ -194,7 +186,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
         recipes[name] = tmp_path / name / "recipe.yaml"
         values = grpo_values(tmp_path / name, base, depth={"mode": "sampled", "cost": 0.05}, steps=4, updates=2, kl=0.1)
         recipes[name].write_text(yaml.safe_dump(values))
-    code, said = run(recipes["whole"], tmp_path / "log")
+    code, said = run_command(["grpo", str(recipes["whole"])], tmp_path / "log")
     assert code == 0, said
     moments = [
         Moment("looplm.tuning.grpo_trainer:roll_out", 2),
@@ -202,9 +194,9 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
         Moment("looplm.tuning.grpo:write_model"),  # trained, but not saved
     ]
     for moment in moments:
-        code, said = run(recipes["killed"], tmp_path / "log", moment)
+        code, said = run_command(["grpo", str(recipes["killed"])], tmp_path / "log", moment)
         assert code == -signal.SIGKILL, (moment, said)
-    code, said = run(recipes["killed"], tmp_path / "log")
+    code, said = run_command(["grpo", str(recipes["killed"])], tmp_path / "log")
     assert code == 0 and "going on from step 8" in said and "learner and rollout" in said, said
     whole, killed = (tmp_path / name / "out" for name in ("whole", "killed"))
     assert without_times(killed) == without_times(whole) and len(without_times(whole)) == 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from killing import CONTEXT, Moment, command
+from killing import CONTEXT, Moment, run_command
 from small_run import read_lines
 from transformers import AutoModelForCausalLM
 from tuned import save_base, sft_recipe, sft_values, weights
@@ -124,14 +124,6 @@ def test_a_bf16_model_is_tuned_in_fp32_and_saved_as_it_came(tmp_path, base):
 # ---- killed, stopped, begun twice
 
 
-def run(recipe: Path, log: Path, moment: Moment | None = None):
-    """`looplm sft RECIPE` as a process of its own: exit code and what it said."""
-    child = CONTEXT.Process(target=command, args=(["sft", str(recipe)], str(log), moment, None))
-    child.start()
-    child.join(400)
-    return child.exitcode, log.read_text()
-
-
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
     recipes, lora = {}, {"rank": 2, "dropout": 0.3}  # dropout draws random numbers
@@ -139,7 +131,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
         recipes[name] = tmp_path / name / "recipe.yaml"
         values = sft_values(tmp_path / name, base, lora=lora, steps=7)
         recipes[name].write_text(yaml.safe_dump(values))
-    code, said = run(recipes["whole"], tmp_path / "log")
+    code, said = run_command(["sft", str(recipes["whole"])], tmp_path / "log")
     assert code == 0, said
     moments = [
         Moment("torch.optim:AdamW.step", 2),  # before the first checkpoint
@@ -147,9 +139,9 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(tmp_path, base):
         Moment("looplm.tuning.sft:write_model"),  # trained, but not saved
     ]
     for moment in moments:
-        code, said = run(recipes["killed"], tmp_path / "log", moment)
+        code, said = run_command(["sft", str(recipes["killed"])], tmp_path / "log", moment)
         assert code == -signal.SIGKILL, (moment, said)
-    code, said = run(recipes["killed"], tmp_path / "log")
+    code, said = run_command(["sft", str(recipes["killed"])], tmp_path / "log")
     assert code == 0 and "going on from step 7" in said and "expected depth" in said, said
     whole, killed = (tmp_path / name / "out" for name in ("whole", "killed"))
     assert steps_of(killed) == steps_of(whole) and len(steps_of(whole)) == 7
