@@ -1,9 +1,10 @@
 """Conversations about small sums: `location: arithmetic`, the chat data of the miniature pipeline, and `running-sums`.
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
-that they teach a format and a little arithmetic, not conversation. A running sum is a problem whose answer is reached
-in steps that are easy and hard by turns, which is what reinforcement learning of depths needs: "18+5-4+9" is answered
-"23 19 28". The files that are shipped are what this writes:
+that they teach a format and a little arithmetic, not conversation. A running sum is answered in one of two ways: "18+5-4+9"
+by every sum on the way, "23 19 28", or, more often, by the last one alone, "28". Both are right, but who has learnt
+both is more often right in steps: that is what reinforcement learning has to find, and it costs more loops. The files
+that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
@@ -19,6 +20,8 @@ CONVERSATIONS = 800
 RUNNING_SUMS = 5000
 LARGEST = 29
 """No running sum is larger, or below 0."""
+AT_ONCE = 0.6
+"""The share of running sums that are answered by the last sum alone."""
 
 
 def conversations(count: int = CONVERSATIONS) -> Iterator[list[dict[str, str]]]:
@@ -53,7 +56,10 @@ def _larger(draw: random.Random) -> tuple[str, str]:
 
 
 def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Different conversations of one running sum, two to five digits added or taken, and what it comes to."""
+    """Different conversations of one running sum, two to five digits added or taken, and what it comes to.
+
+    Which way one is answered is independent of what is asked.
+    """
     draw, seen = random.Random(2027), set[str]()
     while len(seen) < count:
         total = draw.randint(1, LARGEST)
@@ -66,7 +72,8 @@ def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str
             steps.append(str(total))
         if question not in seen:
             seen.add(question)
-            answer = {"role": "assistant", "content": " ".join(steps)}
+            told = steps[-1:] if draw.random() < AT_ONCE else steps
+            answer = {"role": "assistant", "content": " ".join(told)}
             yield [{"role": "user", "content": question}, answer], steps[-1]
 
 
