@@ -13,9 +13,7 @@ def run_eval(
     model: Annotated[Positional[str], arg(metavar="MODEL", help="a model folder or hub name")],
     tasks: Annotated[
         tuple[str, ...],
-        arg(
-            help="tasks of lm-eval, FILE.jsonl, BIG-bench task.json, reasoning-gym:FAMILY[:N], humaneval, mbpp, paper:NAME"
-        ),
+        arg(help="tasks of lm-eval, FILE.jsonl, BIG-bench task.json, reasoning-gym:FAMILY[:N], humaneval, paper:NAME"),
     ],
     loops: Annotated[str | None, arg(help="fixed depths: 4, 1..8 or 1,2,4 (default: the trained one)")] = None,
     exit: Annotated[

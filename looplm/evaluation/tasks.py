@@ -309,7 +309,7 @@ def _reading() -> Iterator[None]:
 def _settle(task: Task) -> None:
     """Process the documents once and for all.
 
-    lm-eval does so whenever it reads them: choices that are shuffled may then lie otherwise in a question and its check.
+    lm-eval does so whenever it reads them: shuffled choices may then lie otherwise in a question and its check.
     """
     process = task.get_config("process_docs")
     if process is None or not isinstance(task, ConfigurableTask):
