@@ -59,7 +59,7 @@ def humaneval_task(samples: int, problems: Sequence[Mapping[str, Any]], name: st
         problems: with `task_id`, `prompt`, `test`, `entry_point` and `canonical_solution`.
     """
     fields = {"doc_to_target": "canonical_solution", "num_fewshot": 0}
-    return _task(name, {"test": problems}, program, samples, (_STOPS, _MOST), fields)
+    return _task(name, {"test": problems}, program, samples, _STOPS, _MOST, fields)
 
 
 def _installed() -> list[dict[str, Any]]:
@@ -79,12 +79,12 @@ def _mbpp(samples: int) -> ConfigurableTask:
     """The 500 test problems; the examples are of the split `prompt`, which is there for that."""
     columns = ("task_id", "text", "code", "test_list", "test_setup_code")
     test, prompt = (hub_rows(benchmarks()["mbpp"], columns, split) for split in ("test", "prompt"))
-    examples = {row["task_id"]: row for row in prompt}
+    examples = sorted((row for row in prompt if row["task_id"] in _EXAMPLES), key=lambda row: row["task_id"])
     docs = {
-        "test": [_problem(row, row["text"], _own_tests(row)) for row in test],
-        "shots": [_problem(row, row["text"], _own_tests(row)) for row in map(examples.__getitem__, _EXAMPLES)],
+        split: [_problem(row, row["text"], _own_tests(row)) for row in rows]
+        for split, rows in (("test", test), ("shots", examples))
     }
-    return _task("mbpp", docs, _behind, samples, ((_DONE,), _MBPP_MOST), _shown("shots"))
+    return _task("mbpp", docs, _behind, samples, (_DONE,), _MBPP_MOST, _shown("shots"))
 
 
 def _mbpp_plus(samples: int) -> ConfigurableTask:
@@ -92,7 +92,7 @@ def _mbpp_plus(samples: int) -> ConfigurableTask:
     columns = ("task_id", "prompt", "code", "test_imports", "test_list", "test")
     rows = sorted(hub_rows(benchmarks()["mbpp_plus"], columns), key=lambda row: row["task_id"])
     docs = [_problem(row, row["prompt"], "\n".join([*row["test_imports"], row["test"]])) for row in rows]
-    return _task("mbpp_plus", {"test": docs}, _behind, samples, ((_DONE,), _MBPP_MOST), _shown("test"))
+    return _task("mbpp_plus", {"test": docs}, _behind, samples, (_DONE,), _MBPP_MOST, _shown("test"))
 
 
 def _own_tests(row: Mapping[str, Any]) -> str:
@@ -129,7 +129,8 @@ def _task(
     docs: Mapping[str, Sequence[Mapping[str, Any]]],
     written: Program,
     samples: int,
-    ends: tuple[Sequence[str], int],
+    stops: Sequence[str],
+    most: int,
     fields: Mapping[str, Any],
 ) -> ConfigurableTask:
     """A task that runs code.
@@ -137,7 +138,7 @@ def _task(
     Args:
         docs: by split; the split `test` is asked.
         written: the program of a completion.
-        ends: stop texts, and tokens at most.
+        stops, most: the texts that end a program, and its tokens at most.
         fields: of the configuration: what differs between the tasks.
     """
     sets = {split: Dataset.from_list([dict(doc) for doc in part]) for split, part in docs.items()}
@@ -159,7 +160,7 @@ def _task(
             "output_type": "generate_until",
             "doc_to_text": "prompt",
             "target_delimiter": "",
-            "generation_kwargs": {"until": list(ends[0]), "max_gen_toks": ends[1], **sampling},
+            "generation_kwargs": {"until": list(stops), "max_gen_toks": most, **sampling},
             "process_results": judged,
             **repeated(samples),
             "metadata": {"version": VERSION},

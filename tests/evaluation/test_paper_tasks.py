@@ -153,6 +153,21 @@ def test_the_paper_counts_its_examples_before_the_question(paper_sets):
     assert text.count("Question:") == 26 and text.endswith("What comes 0?\nAnswer:")
 
 
+@pytest.mark.parametrize("name", [name for name in SETS if name != "gpqa"])
+def test_what_is_asked_is_what_lm_eval_asks(paper_sets, name):
+    """Documents that are processed once give the prompts and answers of lm-eval's own object."""
+    (ours,), shots = load_tasks([f"paper:{name}"]), benchmarks()[name].num_fewshot
+    theirs = tasks._manager().load([benchmarks()[name].task])["tasks"][ours.name]
+    for place in (0, 7):
+        found = []
+        for task in (ours.task, theirs):
+            task.set_fewshot_seed(seed=5)
+            doc = task.eval_docs[place]
+            found.append((doc, task.fewshot_context(doc, num_fewshot=shots), task.doc_to_target(doc)))
+        assert found[0] == found[1]
+    assert ours.task.config.process_docs is None
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_choices_that_lm_eval_shuffles_lie_alike_in_every_run(paper_sets, tmp_path, cached):
     """GPQA's are shuffled without a seed whenever they are read; an earlier run of lm-eval may have left a cache."""

@@ -1,5 +1,6 @@
 """HumanEval, HumanEval+, MBPP and MBPP+ on files of the hub's columns; what a program is scored by when it is run."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import lm_eval
 import pytest
 import yaml
 from datasets import Features, List, Value
+from eval_models import save_pair
 from hub_files import answering, run
 from lm_eval.utils import apply_template
 
@@ -220,6 +222,28 @@ def test_no_problem_of_mbpp_plus_is_its_own_example(mbpp_plus, asked, shown):
     shots = [f"{lm_eval_text('mbpp_plus', mbpp_plus_row(n))}def add(a):\n  return a + {n}\n[DONE]\n\n" for n in shown]
     assert context(loaded.task, doc) == "".join(shots) + doc["prompt"]
     assert doc["prompt"] == lm_eval_text("mbpp_plus", mbpp_plus_row((2, 3, 4, 6, 7)[asked]))
+
+
+def test_the_command_runs_a_model_and_sets_the_papers_numbers_beside(mbpp_plus, tmp_path, monkeypatch, looplm_command):
+    """A real model, which writes nothing that runs."""
+    monkeypatch.setattr("looplm.evaluation.programs._MBPP_MOST", 8)
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ("eval", save_pair(tmp_path / "model", max_position_embeddings=2048), "--tasks", "paper:mbpp_plus")
+    common = ("--allow-code-execution", "--limit", 2, "--output", tmp_path / "out")
+    code, out, err = looplm_command(*arguments, *common, "--beside-paper")
+    assert code == 0, err
+    assert re.search(r"mbpp_plus .* 3 loops .* pass@1,none .* 0\.0000 ", out)
+    assert re.search(r"mbpp_plus .* Ouro-1.4B .* 62\.70 .* Table 7", out)
+    code, out, err = looplm_command(*arguments, *common, "--num-fewshot", 5)
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == "looplm: mbpp_plus has 5 examples, too few for num_fewshot 5 beside each question\n"
+
+
+def test_more_examples_than_mbpp_has(mbpp, tmp_path):
+    with pytest.raises(ValueError, match="mbpp has 3 examples to show, too few for num_fewshot 4"):
+        run(("mbpp",), tmp_path, allow_code=True, num_fewshot=4)
 
 
 def test_data_that_is_not_here_or_of_another_shape(hub):
