@@ -14,7 +14,7 @@ from lm_eval.utils import apply_template
 
 from looplm.evaluation.paper import benchmarks, unlike_paper
 from looplm.evaluation.programs import PROGRAMS, humaneval_task, program, program_task
-from looplm.evaluation.sandbox import run_program
+from looplm.evaluation.sandbox import MEMORY, SECONDS, Outcome, run_program
 from looplm.evaluation.showing import paper_table
 from looplm.evaluation.tasks import load_tasks
 
@@ -239,6 +239,19 @@ def test_the_command_runs_a_model_and_sets_the_papers_numbers_beside(mbpp_plus, 
         2,
         "",
     ) and err == "looplm: mbpp_plus has 5 examples, too few for num_fewshot 5 beside each question\n"
+
+
+@pytest.mark.parametrize(("name", "scale"), [("humaneval", 1), ("humaneval_plus", 2)])
+def test_the_added_tests_have_twice_the_time_and_memory(monkeypatch, name, scale):
+    limits = []
+
+    def ran(source: str, seconds: float, memory: int) -> Outcome:
+        limits.append((seconds, memory))
+        return Outcome(True, "passed")
+
+    monkeypatch.setattr("looplm.evaluation.programs.run_program", ran)
+    assert humaneval_task(1, [PROBLEM], name).process_results(PROBLEM, ["    return 1"]) == {"pass@1": 1.0}
+    assert limits == [(scale * SECONDS, scale * MEMORY)]
 
 
 def test_more_examples_than_mbpp_has(mbpp, tmp_path):
