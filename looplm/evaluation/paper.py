@@ -19,10 +19,11 @@ class Benchmark:
 
     Attributes:
         name: its key here; title: what the paper calls it.
-        data: its data set on the hub; config, split: which part of it, where it is read as it is.
+        data: its data set on the hub; config, split: which part of it, where this package reads it.
         num_fewshot, metric, how: the paper's settings.
         task: of lm-eval or of this package; None: the data set is read as questions, by `fields`.
-        fields: which columns are question, answer, choices and category.
+        fields: which columns are question, answer (a letter where there are choices), choices and category.
+        picture: a column; questions with something in it are left out.
         samples: whether a problem may be asked several times, for pass@k.
     """
 
@@ -36,6 +37,7 @@ class Benchmark:
     config: str | None = None
     split: str | None = None
     fields: Mapping[str, str] | None = None
+    picture: str | None = None
     samples: bool = False
 
     @property
@@ -118,4 +120,4 @@ HUB_DATA = {
     for benchmark in (Benchmark(name, **values) for name, values in paper()["benchmarks"].items())
     if benchmark.task is not None
 }
-"""The data set of the hub that a task of lm-eval needs."""
+"""The data set of the hub that a task needs."""

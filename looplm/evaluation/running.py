@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
 from looplm.evaluation.depths import Depth
@@ -77,7 +78,7 @@ def run_tasks(model_name: str, settings: Settings, output: Path) -> list[Result]
     for loaded in tasks:
         if loaded.task.OUTPUT_TYPE == "generate_until":
             check_generation(settings.depths)
-        _check_limit(loaded, settings)
+        _check_shots(loaded, settings)
     model, tokenizer = load_model(model_name)
     if settings.chat_template and not tokenizer.chat_template:
         raise ValueError(f"{model_name} has no chat template; leave --chat-template out")
@@ -144,13 +145,21 @@ def check_depths(config: OuroConfig, depths: Sequence[Depth], kv_policy: KVPolic
             )
 
 
-def _check_limit(loaded: Loaded, settings: Settings) -> None:
-    shots = loaded.task.get_config("num_fewshot") if settings.num_fewshot is None else settings.num_fewshot
-    documents = len(loaded.task.eval_docs)
-    if shots and documents <= shots and loaded.task.get_config("fewshot_split") == loaded.task.get_config("test_split"):
+def _shots(task: Task, settings: Settings) -> int:
+    """Examples before a question: as asked for, but none where the task is one without."""
+    own: int | None = task.get_config("num_fewshot")
+    return (own or 0) if settings.num_fewshot is None or own == 0 else settings.num_fewshot
+
+
+def _check_shots(loaded: Loaded, settings: Settings) -> None:
+    task, shots = loaded.task, _shots(loaded.task, settings)
+    documents, pool = len(task.eval_docs), getattr(task, "sampler", None)
+    if shots and documents <= shots and task.get_config("fewshot_split") == task.get_config("test_split"):
         raise ValueError(
             f"{loaded.name} has {documents} examples, too few for num_fewshot {shots} beside each question"
         )
+    if pool is not None and len(pool.df) < shots:
+        raise ValueError(f"{loaded.name} has {len(pool.df)} examples to show, too few for num_fewshot {shots}")
 
 
 def _open_store(output: Path, base: Recipe, settings: Settings, config: OuroConfig) -> tuple[AnswerStore, int]:
@@ -195,10 +204,7 @@ def _free_memory() -> int:
 def _run_task(lm: LoopedLM, loaded: Loaded, settings: Settings, base: Recipe, output: Path) -> list[Result]:
     """One task at every depth."""
     task = loaded.task
-    if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-        task.set_config(key="num_fewshot", value=settings.num_fewshot)
-    elif task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
+    task.set_config(key="num_fewshot", value=_shots(task, settings))
     results = []
     with Progress(1.0, loaded.name) as bar:
         for number, depth in enumerate(settings.depths):

