@@ -13,6 +13,7 @@ formula gives 49 D.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -166,12 +167,11 @@ def freeze(
     rows = torch.arange(batch, device=state.device).repeat_interleave(length)
     positions = context.positions.expand(batch, length).reshape(-1)
     tracker = ExitTracker(rule, rows, positions, _spread(min_loops, rows), _spread(max_loops, rows))
-    active = torch.ones(batch, length, dtype=torch.bool, device=state.device)
-    kept: tuple[Tensor, ...] = ()
+    inside: PassContext = context
+    kept: Sequence[Tensor] = ()
     gates, num_loops = [], int(torch.as_tensor(max_loops).max())
     for loop in range(1, num_loops + 1):
-        new, gate, *pairs = _pass(core, state, context, loop, active, kept)
-        kept, state = tuple(pairs), torch.where(active[..., None], new, state)
+        state, gate, *kept = _pass(core, state, inside, loop, kept)
         gates.append(gate)
         index = tracker.active
 
@@ -186,26 +186,26 @@ def freeze(
         tracker.step(loop, gate.flatten()[index], state.flatten(0, 1)[index], read)
         if not len(tracker.active):
             break
-        active = torch.zeros_like(active).flatten().index_fill(0, tracker.active, True).view(batch, length)
+        inside = context.packed(tracker.active)
     context.leave(loop, None, num_loops)
     return _collect(state, gates, tracker, min_loops, max_loops)
 
 
 def _pass(
-    core: OuroModel, state: Tensor, context: PassContext, loop: int, active: Tensor, kept: tuple[Tensor, ...]
+    core: OuroModel, state: Tensor, context: PassContext, loop: int, kept: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     if core.gradient_checkpointing and core.training:
-        return core._gradient_checkpointing_func(_frozen_loop, core, state, context, loop, active, *kept)
-    return _frozen_loop(core, state, context, loop, active, *kept)
+        return core._gradient_checkpointing_func(_frozen_loop, core, state, context, loop, *kept)
+    return _frozen_loop(core, state, context, loop, *kept)
 
 
 def _frozen_loop(
-    core: OuroModel, state: Tensor, context: PassContext, loop: int, active: Tensor, *kept: Tensor
+    core: OuroModel, state: Tensor, context: PassContext, loop: int, *kept: Tensor
 ) -> tuple[Tensor, ...]:
     """One loop with the positions past their exit frozen; what it offers goes in and out as tensors, layer by layer."""
     first = context.num_prelude_layers
     pairs = {first + n: pair for n, pair in enumerate(zip(kept[::2], kept[1::2], strict=True))}
-    inside = replace(context, active=active, kept=pairs)
+    inside = replace(context, kept=pairs)
     state, gate = core.loop(state, inside, loop)
     return (state, gate, *(part for layer in sorted(inside.kept) for part in inside.kept[layer]))
 
