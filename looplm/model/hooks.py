@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:

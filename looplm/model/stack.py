@@ -67,8 +67,8 @@ class OuroModel(OuroPreTrainedModel):
             loop: counted from 1.
 
         Returns:
-            The state after the loop (R, S, D), normed unless `loop_norm` is off, and the gate logit (R, S) in fp32. Where
-        the context is packed, the layers run on the positions that loop, and the others keep their state.
+            The state after the loop (R, S, D), normed unless `loop_norm` is off, and the gate logit (R, S) in fp32.
+            Where the context is packed, the layers run on the positions that loop; the others keep their state.
         """
         before = state
         if self.config.input_injection == "add" and loop > 1:
