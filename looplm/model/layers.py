@@ -18,7 +18,8 @@ from looplm.model.packing import Packing
 from looplm.model.projections import OuroLinear
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
+"""Takes the new keys and values (B, H_kv, S, D_h), or (1, H_kv, N, D_h) of packed positions; returns those to attend to
+(B, H_kv, S_past + S, D_h)."""
 Adapt = Callable[[str, Tensor, Tensor], Tensor]
 """Takes a projection's name, input and output (B, S, ...); returns the output with the rows' adapters added."""
 
@@ -126,7 +127,7 @@ class OuroAttention(nn.Module):
         adapt: Adapt | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
+        """(B, S, D) to (B, S, D), or (1, N, D) of packed positions, whose queries meet the keys of their own rows."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
         projections = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
         projected = [_project(name, linear, hidden, adapt) for name, linear in projections.items()]
