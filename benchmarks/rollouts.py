@@ -5,7 +5,8 @@
 16 prompts x 8 samples, fp32, one thread. `generate` is what TRL's loop calls: all samples in one padded batch, until
 the last has ended. The engine drops a sample that has ended, and a token's loops when it exits. Both at full depth;
 then the engine with exits drawn from the gate. The learner runs forward and backward over the samples of the drawn
-rollout, at their recorded depths and at full depth. Ratios of the best of several turns, which take turns.
+rollout, at full depth, at their recorded depths, and with depths drawn evenly for every position, prompts too. Ratios
+of the best of several turns, which take turns.
 """
 
 import argparse
@@ -92,7 +93,12 @@ def _learner(model, prompts, turns: int) -> None:  # type: ignore[no-untyped-def
     loops = model.config.total_ut_steps
     drawn = roll_out(model, prompts, range(len(prompts)), _drawing(model, "sampled"))
     rows = Rows.of(drawn)
-    full = replace(rows, depths=torch.where(rows.depths > 0, loops, 0))
+
+    def at(depths: torch.Tensor) -> Rows:
+        return replace(rows, depths=torch.where(rows.depths > 0, depths, 0))
+
+    even = torch.randint(1, loops + 1, rows.depths.shape, generator=torch.Generator().manual_seed(0))
+    cases = {"full": at(torch.full_like(even, loops)), "recorded": rows, "even": at(even)}
 
     def step(what: Rows) -> Callable[[], int]:
         def run() -> int:
@@ -104,11 +110,13 @@ def _learner(model, prompts, turns: int) -> None:  # type: ignore[no-untyped-def
         return run
 
     model.train()
-    rates = _rates({"replay": step(rows), "full": step(full)}, turns)
-    depths = rows.depths[rows.depths > 0].float()
-    new = rows.depths[rows.exits].float().mean().item()
-    print(f"learner, rows a second: replay at recorded depths {rates['replay'] / rates['full']:.2f}x of full depth")
-    print(f"  mean depth {depths.mean():.2f} of {loops} over all positions, {new:.2f} over new tokens")
+    rates = _rates({name: step(what) for name, what in cases.items()}, turns)
+    ran = {name: int(what.depths.clamp(min=1).sum()) for name, what in cases.items()}
+    print("learner, rows a second against full depth, of what the loops to run allow (padding runs one)")
+    for name, what in (("recorded", "at recorded depths"), ("even", "at depths drawn evenly")):
+        mean, new = (cases[name].depths[there].float().mean().item() for there in (rows.depths > 0, rows.exits))
+        print(f"  {rates[name] / rates['full']:.2f}x of {ran['full'] / ran[name]:.2f}x  {what}")
+        print(f"    mean depth {mean:.2f} of {loops} over all positions, {new:.2f} over new tokens")
 
 
 def _rates(runs: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:

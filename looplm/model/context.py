@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from looplm.model.cache import LoopCache
+from looplm.model.packing import Packing
 
 if TYPE_CHECKING:
     from looplm.model.few_rows import FewMemory, FewRows
@@ -28,9 +29,10 @@ class PassContext:
     """One forward pass over (B, S) new positions behind `past_length` cached ones.
 
     `rows` is None while all rows take part, else the (R,) rows that still loop; tensors are already narrowed to them.
-    In a freezing pass `active` (B, S) says which positions still loop, and `kept` holds, a core layer, the keys and
-    values that the loop before offered: those of positions past their exit stay. `few` holds the weights of the layers
-    from a number on where they can be taken without calling the layers, found once a pass.
+    In a freezing pass `kept` holds, a core layer, the keys and values that the loop before offered: those of positions
+    past their exit stay. `packing` is None while all positions loop, else those that do; rotary and mask are already
+    narrowed to them. `few` holds the weights of the layers from a number on where they can be taken without calling
+    the layers, found once a pass.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -44,8 +46,8 @@ class PassContext:
     num_core_layers: int
     core_input: Tensor
     rows: Tensor | None = None
-    active: Tensor | None = None
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    packing: Packing | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
     few: dict[int, Sequence[FewRows] | None] = field(default_factory=dict)
 
     @classmethod
@@ -110,7 +112,7 @@ class PassContext:
         if self.cache is not None:
             store = partial(self.cache.slots[layer].update, slot=loop - 1, rows=self.rows)
         in_core = 0 <= layer - self.num_prelude_layers < self.num_core_layers
-        return partial(self._freeze, layer=layer, store=store) if self.active is not None and in_core else store
+        return partial(self._freeze, layer=layer, store=store) if self.kept is not None and in_core else store
 
     def few_memory(self, layer: int, loop: int) -> FewMemory | None:
         """As `memory`, for `looplm.model.few_rows`."""
@@ -122,11 +124,12 @@ class PassContext:
 
     def _freeze(self, key: Tensor, value: Tensor, layer: int, store: Memory | None) -> tuple[Tensor, Tensor]:
         """Positions past their exit go on offering what they offered in the loop before."""
-        if layer in self.kept:
-            assert self.active is not None
-            looping = self.active[:, None, :, None]
+        assert self.kept is not None
+        if self.packing is not None:
+            new, old = (key, value), self.kept[layer]
             key, value = (
-                torch.where(looping, new, old) for new, old in zip((key, value), self.kept[layer], strict=True)
+                self.packing.unpack(a.transpose(1, 2), b.transpose(1, 2)).transpose(1, 2)
+                for a, b in zip(new, old, strict=True)
             )
         self.kept[layer] = (key, value)
         return (key, value) if store is None else store(key, value)
@@ -147,6 +150,14 @@ class PassContext:
             core_input=self.core_input[stays],
             rows=rows[stays],
         )
+
+    def packed(self, index: Tensor) -> PassContext:
+        """The same pass in which only the positions `index` (N,), ascending places in (B, S), still loop."""
+        if len(index) == self.batch * self.length:
+            return self
+        packing = Packing.of(index, self.batch, self.length)
+        mask = packing.mask(self.mask, self.past_length, self.length)
+        return replace(self, rotary=packing.rotary(self.rotary), mask=mask, packing=packing)
 
     def advance(self, depths: Tensor) -> None:
         """The pass is over: its positions are in the cache, with their exit depths (B, S)."""

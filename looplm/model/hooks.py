@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -63,8 +62,6 @@ def apply_hooks(core: OuroModel, before: Tensor, state: Tensor, context: PassCon
             "gradient checkpointing is on: it runs loops again in backward, when a loop hook may be gone; "
             "call gradient_checkpointing_disable() or eval() first"
         )
-    if context.active is not None:
-        state = torch.where(context.active[..., None], state, before)
     for hook in core.loop_hooks:
         new = hook(state, loop)
         if new is None:
@@ -75,7 +72,7 @@ def apply_hooks(core: OuroModel, before: Tensor, state: Tensor, context: PassCon
                 f"the hook after loop {loop} returned a state {_described(new)}; it must be {_described(state)}"
             )
         state = new
-    return state
+    return state if context.packing is None else context.packing.unpack(context.packing.pack(state), before)
 
 
 def _described(state: Tensor) -> str:

@@ -14,10 +14,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from looplm.model.configuration import OuroConfig
+from looplm.model.packing import Packing
 from looplm.model.projections import OuroLinear
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes the new keys and values (B, H_kv, S, D_h); returns those to attend to (B, H_kv, S_past + S, D_h)."""
+"""Takes the new keys and values (B, H_kv, S, D_h), or (1, H_kv, N, D_h) of packed positions; returns those to attend to
+(B, H_kv, S_past + S, D_h)."""
 Adapt = Callable[[str, Tensor, Tensor], Tensor]
 """Takes a projection's name, input and output (B, S, ...); returns the output with the rows' adapters added."""
 
@@ -123,8 +125,9 @@ class OuroAttention(nn.Module):
         mask: Tensor | None,
         memory: Memory | None,
         adapt: Adapt | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
+        """(B, S, D) to (B, S, D), or (1, N, D) of packed positions, whose queries meet the keys of their own rows."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
         projections = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
         projected = [_project(name, linear, hidden, adapt) for name, linear in projections.items()]
@@ -134,9 +137,11 @@ class OuroAttention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if memory is not None:
             key, value = memory(key, value)
+        query = query if packing is None else packing.by_row(query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        mixed = mixed if packing is None else packing.from_rows(mixed)
         mixed = mixed.reshape(*hidden.shape[:2], -1)
         return _project("o_proj", self.o_proj, mixed, adapt)
 
@@ -180,9 +185,10 @@ class OuroDecoderLayer(nn.Module):
         mask: Tensor | None = None,
         memory: Memory | None = None,
         adapt: Adapt | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D); `mask` as the attention backend wants it."""
-        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory, adapt)
+        """(B, S, D) to (B, S, D), or (1, N, D) of packed positions; `mask` as the attention backend wants it."""
+        mixed = self.self_attn(self.input_layernorm(hidden), rotary, mask, memory, adapt, packing)
         hidden = hidden + (self.input_layernorm_2(mixed) if self.sandwich else mixed)
         mixed = self.mlp(self.post_attention_layernorm(hidden), adapt)
         return hidden + (self.post_attention_layernorm_2(mixed) if self.sandwich else mixed)

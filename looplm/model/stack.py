@@ -68,13 +68,18 @@ class OuroModel(OuroPreTrainedModel):
 
         Returns:
             The state after the loop (R, S, D), normed unless `loop_norm` is off, and the gate logit (R, S) in fp32.
+            Where the context is packed, the layers run on the positions that loop; the others keep their state.
         """
         before = state
         if self.config.input_injection == "add" and loop > 1:
             state = state + context.core_input
+        if context.packing is not None:
+            state = context.packing.pack(state)
         state = self._through(self.layers, self.config.num_prelude_layers, state, context, loop)
         if self.config.loop_norm:
             state = self.norm(state)
+        if context.packing is not None:
+            state = context.packing.unpack(state, before)
         if self.loop_hooks:
             state = apply_hooks(self, before, state, context, loop)
         return state, self.gate(state, context)
@@ -83,13 +88,14 @@ class OuroModel(OuroPreTrainedModel):
         """(R, S, D) through some layers; `first` is the number of the first, prelude, core and coda counted through."""
         if first not in context.few:
             context.few[first] = None if context.adapt(first) else few_rows.gather(layers, state)
-        few = context.few[first]
+        few = context.few[first] if context.packing is None else None
         if few is not None:
             for index, weights in enumerate(few, start=first):
                 state = few_rows.step(weights, state, context.rotary, context.mask, context.few_memory(index, loop))
             return state
         for index, layer in enumerate(layers, start=first):
-            state = layer(state, context.rotary, context.mask, context.memory(index, loop), context.adapt(index))
+            memory, adapt = context.memory(index, loop), context.adapt(index)
+            state = layer(state, context.rotary, context.mask, memory, adapt, context.packing)
         return state
 
     def gate(self, state: Tensor, context: PassContext) -> Tensor:
