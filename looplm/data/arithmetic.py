@@ -1,10 +1,10 @@
 """Conversations about small sums: `location: arithmetic`, the chat data of the miniature pipeline, and `running-sums`.
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
-that they teach a format and a little arithmetic, not conversation. A running sum is answered in one of two ways: "18+5-4+9"
-by every sum on the way, "23 19 28", or, more often, by the last one alone, "28". Both are right, but who has learnt
-both is more often right in steps: that is what reinforcement learning has to find, and it costs more loops. The files
-that are shipped are what this writes:
+that they teach a format and a little arithmetic, not conversation. A running sum is answered in one of two ways:
+"18+5-4+9" by every sum on the way, "23 19 28", or, more often, by the last one alone, "28". Both are right, but who has
+learnt both is more often right in steps: that is what reinforcement learning has to find, and it costs more loops. The
+files that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
