@@ -1,10 +1,10 @@
 """Conversations about small sums: `location: arithmetic`, the chat data of the miniature pipeline, and `running-sums`.
 
 They are made by a rule, not collected: real in that every answer is right and none is a placeholder, and honest in
-that they teach a format and a little arithmetic, not conversation. A running sum is answered in one of two ways:
-"18+5-4+9" by every sum on the way, "23 19 28", or, more often, by the last one alone, "28". Both are right, but who has
-learnt both is more often right in steps: that is what reinforcement learning has to find, and it costs more loops. The
-files that are shipped are what this writes:
+that they teach a format and a little arithmetic, not conversation. A running sum is answered by every sum on the way:
+"13+5-4-9" by "18 14 5". Most answers are careless, though: they are right as far as they go and stop too early. A model
+that is tuned on them can do more than it does, and that is what reinforcement learning of its last number has to find.
+The files that are shipped are what this writes:
 
     python -m looplm.data.arithmetic
 """
@@ -18,10 +18,10 @@ FILE = Path(__file__).with_name("arithmetic.jsonl")
 RUNNING = Path(__file__).with_name("running_sums.jsonl")
 CONVERSATIONS = 800
 RUNNING_SUMS = 5000
-LARGEST = 29
+LARGEST = 19
 """No running sum is larger, or below 0."""
-AT_ONCE = 0.6
-"""The share of running sums that are answered by the last sum alone."""
+CARELESS = 0.7
+"""The share of running sums whose answer stops before the last one, anywhere alike."""
 
 
 def conversations(count: int = CONVERSATIONS) -> Iterator[list[dict[str, str]]]:
@@ -56,15 +56,15 @@ def _larger(draw: random.Random) -> tuple[str, str]:
 
 
 def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Different conversations of one running sum, two to five digits added or taken, and what it comes to.
+    """Different conversations of one running sum, two to four digits added or taken, and what it comes to.
 
-    Which way one is answered is independent of what is asked.
+    Where an answer stops is independent of what is asked.
     """
     draw, seen = random.Random(2027), set[str]()
     while len(seen) < count:
         total = draw.randint(1, LARGEST)
         question, steps = str(total), []
-        for _ in range(draw.randint(2, 5)):
+        for _ in range(draw.randint(2, 4)):
             number = draw.randint(1, 9)
             sign = draw.choice([s for s in (1, -1) if 0 <= total + s * number <= LARGEST])
             total += sign * number
@@ -72,7 +72,7 @@ def running_sums(count: int = RUNNING_SUMS) -> Iterator[tuple[list[dict[str, str
             steps.append(str(total))
         if question not in seen:
             seen.add(question)
-            told = steps[-1:] if draw.random() < AT_ONCE else steps
+            told = steps[: draw.randint(1, len(steps) - 1)] if draw.random() < CARELESS else steps
             answer = {"role": "assistant", "content": " ".join(told)}
             yield [{"role": "user", "content": question}, answer], steps[-1]
 
