@@ -12,21 +12,25 @@ Pages are zeroed when they are handed out: what a sequence left there (a NaN, sa
 0 x NaN behind the mask. Page 0 stays zero and pads tables; page 1 takes what padding writes.
 
 Prefix cache (`per_loop`): a block of prompt positions is found again by its tokens, the block before it, and all that
-decides how deep its positions went (rule, limits). Blocks that nobody holds stay until their pages are needed.
+decides how deep its positions went (rule, limits). Blocks that nobody holds stay until their pages are needed. The last
+block of a prompt, full or not, also keeps what was read there: the same prompt copies it, and is not run at all.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from looplm.engine.free_pages import FreePages
 from looplm.model.configuration import OuroConfig
+
+if TYPE_CHECKING:
+    from looplm.engine.sequence import Read
 
 BLOCK = 16
 """Positions of a page."""
@@ -36,13 +40,18 @@ ZERO, TRASH = 0, 1
 
 @dataclass(eq=False)
 class Block:
-    """`BLOCK` positions of a sequence: pages by loop (or one), the edge page, and who holds it."""
+    """`BLOCK` positions of a sequence: pages by loop (or one), the edge page, and who holds it.
+
+    One that can be found has a `key` and the `depths` of its prompt positions; `end` is what was read at the last of
+    them, where a prompt ends there.
+    """
 
     pages: list[int]
     edge: int
     holders: int = 1
     key: Hashable = None
     depths: tuple[int, ...] = ()
+    end: Read | None = None
 
 
 @dataclass(frozen=True)
@@ -156,10 +165,9 @@ class KVPool:
             return None
         lanes = [self._free.take(count, page) for page in ([None] * pages if after is None else after.pages)]
         edges = self._free_edges.take(count, None if after is None else after.edge)
-        for page in chain(*lanes):  # one at a time: an index over all of them takes several times as long
-            self.core[:, page] = 0
-        for page in edges:
-            self.edge[:, page] = 0
+        for lane in lanes:
+            _zero(self.core, lane)
+        _zero(self.edge, edges)
         return [Block(list(own), edge) for *own, edge in zip(*lanes, edges, strict=True)]
 
     def release(self, block: Block) -> None:
@@ -191,16 +199,33 @@ class KVPool:
             block.holders += 1
         return block
 
+    def knows_end(self, key: Hashable) -> bool:
+        """Whether `find` would find the last block of a prompt that was read."""
+        return key in self._known and self._known[key].end is not None
+
     def publish(self, block: Block, key: Hashable, depths: tuple[int, ...]) -> None:
-        """Let later prompts find a block that is full; the first of its kind stays the known one."""
+        """Let later prompts find a block that is filled; the first of its kind stays the known one."""
         if key not in self._known:
             block.key, block.depths = key, depths
             self._known[key] = block
 
+    def publish_end(self, key: Hashable, read: Read) -> None:
+        """Keep what was read at the end of a prompt with the block that is known by `key`."""
+        block = self._known.get(key)
+        if block is not None and block.end is None:
+            block.end = replace(read, logits=read.logits.clone())  # not all rows of that read
+
+    def copy(self, source: Block, target: Block) -> None:
+        """Bring the prompt positions of a block that can be found into another one."""
+        count = len(source.depths)
+        pairs = [(self.core, pair) for pair in zip(source.pages, target.pages, strict=True)]
+        for store, (kept, page) in [*pairs, (self.edge, (source.edge, target.edge))]:
+            store[:, page, :count] = store[:, kept, :count]
+
     def _discard(self, block: Block) -> None:
         self._idle_pages -= len(block.pages)
         del self._known[block.key]
-        block.key = None
+        block.key = block.end = None
         self._give_back(block)
 
     def _give_back(self, block: Block) -> None:
@@ -256,3 +281,12 @@ class KVPool:
         """Copy them back into blocks of one page."""
         self.core[:, [block.pages[0] for block in blocks]] = saved.core.to(self.core.device)
         self.edge[:, [block.edge for block in blocks]] = saved.edge.to(self.edge.device)
+
+
+def _zero(store: Tensor, pages: list[int]) -> None:
+    """Clear pages (L, pages, ...), a run at a time: an index over many of them takes several times as long."""
+    start = 0
+    for place in range(1, len(pages) + 1):
+        if place == len(pages) or pages[place] != pages[place - 1] + 1:
+            store[:, pages[start] : pages[place - 1] + 1] = 0
+            start = place

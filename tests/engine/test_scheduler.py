@@ -222,7 +222,7 @@ def test_short_prompts_share_their_passes() -> None:
     engine.generate([tokens(n, seed=n).tolist() for n in (7, 8, 5, 3)], SamplingParams(max_tokens=1))
     assert calls == [(4, 8)] * 3
     calls.clear()
-    engine.generate([tokens(n, seed=n).tolist() for n in (7, 20)], SamplingParams(max_tokens=1))
+    engine.generate([tokens(n, seed=30 + n).tolist() for n in (7, 20)], SamplingParams(max_tokens=1))
     assert calls == [(1, 7)] * 3 + [(1, 20)] * 3, "padding counts: two rows of 20 are more than 32"
 
 
@@ -240,6 +240,6 @@ def test_rows_of_one_depth_fall_into_step(late: dict[str, float], most: int) -> 
     flying = []
     while engine.busy:
         engine.step()
-        flying.append(len(engine.runner.cohorts))
+        flying.append(len(engine.runner.flight.loops.unique()))
     assert max(flying) == most and len(second.new) == 8
     blocks_are_free(engine)
