@@ -154,10 +154,11 @@ class KVPool:
 
     # --- blocks ---
 
-    def allocate(self, count: int, pages: int, after: Block | None = None) -> list[Block] | None:
+    def allocate(self, count: int, pages: int, after: Block | None = None, filled: int = 0) -> list[Block] | None:
         """So many blocks of so many pages each, zeroed; None, and nothing taken, where the budget is spent.
 
-        In each loop pages lie side by side, those of the block `after` included, as far as there is room.
+        In each loop pages lie side by side, those of the block `after` included, as far as there is room. The first
+        `filled` positions of each are not zeroed: the caller writes them at once.
         """
         while (len(self._free) < count * pages or len(self._free_edges) < count) and self._idle:
             self._discard(self._idle.popitem(last=False)[1])
@@ -166,8 +167,9 @@ class KVPool:
         lanes = [self._free.take(count, page) for page in ([None] * pages if after is None else after.pages)]
         edges = self._free_edges.take(count, None if after is None else after.edge)
         for lane in lanes:
-            _zero(self.core, lane)
-        _zero(self.edge, edges)
+            _zero(self.core, lane, filled)
+        if len(self.edge):
+            _zero(self.edge, edges, filled)
         return [Block(list(own), edge) for *own, edge in zip(*lanes, edges, strict=True)]
 
     def release(self, block: Block) -> None:
@@ -218,9 +220,10 @@ class KVPool:
     def copy(self, source: Block, target: Block) -> None:
         """Bring the prompt positions of a block that can be found into another one."""
         count = len(source.depths)
-        pairs = [(self.core, pair) for pair in zip(source.pages, target.pages, strict=True)]
-        for store, (kept, page) in [*pairs, (self.edge, (source.edge, target.edge))]:
-            store[:, page, :count] = store[:, kept, :count]
+        for kept, page in zip(source.pages, target.pages, strict=True):
+            self.core[:, page, :count] = self.core[:, kept, :count]
+        if len(self.edge):
+            self.edge[:, target.edge, :count] = self.edge[:, source.edge, :count]
 
     def _discard(self, block: Block) -> None:
         self._idle_pages -= len(block.pages)
@@ -242,7 +245,8 @@ class KVPool:
         rows = [b.pages + b.pages[-1:] * (self.num_loops - len(b.pages)) for b in new]
         device = self.tables.device
         self.tables[slot, :, start : len(blocks)] = torch.tensor(rows, device=device).t()
-        self.edge_tables[slot, start : len(blocks)] = torch.tensor([b.edge for b in new], device=device)
+        if len(self.edge):
+            self.edge_tables[slot, start : len(blocks)] = torch.tensor([b.edge for b in new], device=device)
 
     def unbind(self, slot: int) -> None:
         """A slot that is free reads zeros."""
@@ -259,9 +263,9 @@ class KVPool:
         number = torch.arange(1, self.num_loops + 1, device=pages.device)
         beyond = (number > depths[:, None]) & (number <= loops[:, None])
         source = pages.gather(1, depths[:, None] - 1).expand_as(pages)[beyond]
-        flat = self.core.flatten(1, 2)
-        for kept, place in zip(source.tolist(), pages[beyond].tolist(), strict=True):  # as in `allocate`
-            flat[:, place] = flat[:, kept]
+        layers = torch.arange(len(self.core), device=pages.device)[:, None] * (self.core.shape[1] * BLOCK)
+        flat = self.core.flatten(0, 2).flatten(1)
+        flat.index_copy_(0, (layers + pages[beyond]).flatten(), flat.index_select(0, (layers + source).flatten()))
 
     def gather(self, store: Tensor, pages: Tensor) -> Tensor:
         """Pages (n,) of one layer's `store`, copied side by side: (n, BLOCK, 2, H_kv, D_h), good until the next call.
@@ -283,10 +287,10 @@ class KVPool:
         self.edge[:, [block.edge for block in blocks]] = saved.edge.to(self.edge.device)
 
 
-def _zero(store: Tensor, pages: list[int]) -> None:
-    """Clear pages (L, pages, ...), a run at a time: an index over many of them takes several times as long."""
+def _zero(store: Tensor, pages: list[int], filled: int) -> None:
+    """Clear pages (L, pages, BLOCK, ...), a run at a time: an index over many of them takes several times as long."""
     start = 0
     for place in range(1, len(pages) + 1):
         if place == len(pages) or pages[place] != pages[place - 1] + 1:
-            store[:, pages[start] : pages[place - 1] + 1] = 0
+            store[:, pages[start] : pages[place - 1] + 1, filled:] = 0
             start = place

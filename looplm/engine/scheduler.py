@@ -178,7 +178,8 @@ class Scheduler:
         twin = self._twin(sequence) if count == 1 else None
         pages = 1 if sequence.saved is not None else sequence.loops
         after, room = found[-1] if found else None, self.pool.available >= count * pages + self._spare
-        blocks = self.pool.allocate(count, pages, after) if room else None
+        filled = 0 if twin is None else len(twin.depths)
+        blocks = self.pool.allocate(count, pages, after, filled) if room else None
         if blocks is None:
             for block in [*filter(None, [twin]), *reversed(found)]:
                 self.pool.release(block)

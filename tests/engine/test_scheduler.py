@@ -65,6 +65,10 @@ def test_pages_come_zeroed() -> None:
     made.release(block)
     again = made.allocate(1, 3)[0]
     assert sorted(again.pages) == sorted(block.pages) and (made.core[:, again.pages] == 0).all()
+    made.core[:, again.pages] = torch.nan
+    made.release(again)
+    pages = made.core[:, made.allocate(1, 3, filled=5)[0].pages]
+    assert (pages[:, :, 5:] == 0).all() and pages[:, :, :5].isnan().all(), "what the caller writes is left to him"
 
 
 def test_slots_beyond_the_exit_by_hand() -> None:
@@ -86,7 +90,7 @@ def test_slots_beyond_the_exit_by_hand() -> None:
 
 
 def test_tables_by_hand() -> None:
-    made = pool()
+    made = pool(num_prelude_layers=1)
     blocks = [Block([5, 6, 7], 3), Block([9], 4)]
     made.bind(1, blocks[:1])
     made.bind(1, blocks, 1)
