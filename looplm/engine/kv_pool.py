@@ -19,8 +19,8 @@ block of a prompt, full or not, also keeps what was read there: the same prompt 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,7 @@ from looplm.engine.free_pages import FreePages
 from looplm.model.configuration import OuroConfig
 
 if TYPE_CHECKING:
-    from looplm.engine.sequence import Read
+    from looplm.engine.sequence import Read, Sequence
 
 BLOCK = 16
 """Positions of a page."""
@@ -42,8 +42,8 @@ ZERO, TRASH = 0, 1
 class Block:
     """`BLOCK` positions of a sequence: pages by loop (or one), the edge page, and who holds it.
 
-    One that can be found has a `key` and the `depths` of its prompt positions; `end` is what was read at the last of
-    them, where a prompt ends there.
+    One that can be found has a `key` and the `depths` of its prompt positions; where a prompt ends with them and was
+    read, `end` makes the same read for another sequence.
     """
 
     pages: list[int]
@@ -51,7 +51,7 @@ class Block:
     holders: int = 1
     key: Hashable = None
     depths: tuple[int, ...] = ()
-    end: Read | None = None
+    end: Callable[[Sequence], Read] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,10 @@ class KVPool:
             block.key, block.depths = key, depths
             self._known[key] = block
 
-    def publish_end(self, key: Hashable, read: Read) -> None:
+    def publish_end(self, key: Hashable, end: Callable[[Sequence], Read]) -> None:
         """Keep what was read at the end of a prompt with the block that is known by `key`."""
-        block = self._known.get(key)
-        if block is not None and block.end is None:
-            block.end = replace(read, logits=read.logits.clone())  # not all rows of that read
+        if key in self._known:
+            self._known[key].end = end
 
     def copy(self, source: Block, target: Block) -> None:
         """Bring the prompt positions of a block that can be found into another one."""

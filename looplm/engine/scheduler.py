@@ -15,7 +15,7 @@ import heapq
 import itertools
 from array import array
 from collections.abc import Hashable, Iterator
-from dataclasses import replace
+from functools import partial
 
 from looplm.engine.kv_pool import BLOCK, Block, KVPool
 from looplm.engine.prefill import Chunk
@@ -43,6 +43,7 @@ class Scheduler:
         self._spare = 0  # pages of a block of new tokens for each that runs
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._slots = list(range(rows - 1, -1, -1))
+        self._changed = False  # whether anything came, went or was filled since those that wait were looked at
 
     @property
     def waiting(self) -> int:
@@ -57,6 +58,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._changed = True
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence is over, wherever it stands: its rows and pages are free."""
@@ -66,6 +68,7 @@ class Scheduler:
         else:
             self._unseat(sequence)
         sequence.saved = None
+        self._changed = True
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue, at its old place."""
@@ -80,8 +83,9 @@ class Scheduler:
 
         Gives the reads of those whose whole prompt was there: they need not be run.
         """
-        if not (self._waiting and self._slots):
+        if not (self._waiting and self._slots and self._changed):
             return []
+        self._changed = False
         reads: list[Read] = []
         coming = {key for s in self.running if s.prefilling for key in self._missing(s)[:1]}
         held = []
@@ -137,6 +141,7 @@ class Scheduler:
 
     def chunk_done(self, sequence: Sequence) -> None:
         """A chunk is in the pool: blocks of the prompt can be found, and a prompt that is through collapses."""
+        self._changed = True
         for number, key in enumerate(self._keys(sequence)):
             block, end = sequence.blocks[number], min((number + 1) * BLOCK, len(sequence.prompt))
             if end > sequence.filled:
@@ -153,7 +158,9 @@ class Scheduler:
         """A prompt was run and read: whoever has the same one need not run it."""
         keys = self._keys(read.sequence)
         if keys and read.error is None:
-            self.pool.publish_end(keys[-1], read)
+            kept = {**vars(read), "logits": read.logits.clone()}  # not all rows of that read, and not the sequence
+            del kept["sequence"]
+            self.pool.publish_end(keys[-1], partial(Read, **kept))
 
     def _keys(self, sequence: Sequence) -> tuple[Hashable, ...]:
         """What the blocks of its prompt are found by, the last by the whole prompt; none where none are shared."""
@@ -176,12 +183,13 @@ class Scheduler:
         found = self._prefix(sequence)
         count = -(-sequence.target // BLOCK) - len(found)
         twin = self._twin(sequence) if count == 1 else None
-        pages = 1 if sequence.saved is not None else sequence.loops
-        after, room = found[-1] if found else None, self.pool.available >= count * pages + self._spare
-        filled = 0 if twin is None else len(twin.depths)
-        blocks = self.pool.allocate(count, pages, after, filled) if room else None
+        after = found[-1] if found else None
+        blocks = self._blocks(sequence, count, after, 0 if twin is None else len(twin.depths))
+        if blocks is None and twin is not None:  # it may hold the very pages that are wanted
+            self.pool.release(twin)
+            twin, blocks = None, self._blocks(sequence, count, after)
         if blocks is None:
-            for block in [*filter(None, [twin]), *reversed(found)]:
+            for block in reversed(found):
                 self.pool.release(block)
             return False
         sequence.blocks, sequence.slot = found + blocks, self._slots.pop()
@@ -198,6 +206,13 @@ class Scheduler:
         self.running.append(sequence)
         self._spare += self._pages(sequence)
         return True
+
+    def _blocks(self, sequence: Sequence, count: int, after: Block | None, filled: int = 0) -> list[Block] | None:
+        """Blocks for a sequence that is to be seated, where those that run still have room to grow."""
+        pages = 1 if sequence.saved is not None else sequence.loops
+        if self.pool.available < count * pages + self._spare:
+            return None
+        return self.pool.allocate(count, pages, after, filled)
 
     def _prefix(self, sequence: Sequence) -> list[Block]:
         """Blocks of earlier prompts that this one begins with; at least one position is left to run."""
@@ -220,9 +235,9 @@ class Scheduler:
         assert twin.end is not None
         self.pool.copy(twin, sequence.blocks[-1])
         self.pool.release(twin)
-        sequence.depths += twin.depths
+        sequence.depths[sequence.filled :] = twin.depths
         sequence.filled = sequence.target
-        reads.append(replace(twin.end, sequence=sequence))
+        reads.append(twin.end(sequence))
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next position; False where the sequence itself had to give way."""

@@ -245,6 +245,17 @@ def test_what_the_prompt_is_run_once_for() -> None:
     blocks_are_free(engine)
 
 
+@pytest.mark.parametrize("length", [BLOCK - 2, 2 * BLOCK])
+def test_the_end_of_a_prompt_gives_way_to_the_prompt_itself(length: int) -> None:
+    """A pool that holds one such request and nothing beside it."""
+    model, prompt = tiny_model(), tokens(length, seed=1).tolist()
+    pages = -(-length // BLOCK) * LOOPS
+    engine = Engine(model, kv_bytes=(pages + 2) * PAGE)
+    found = engine.generate([prompt] * 3, SamplingParams(max_tokens=1))
+    assert [c.finish_reason for c in found] == ["length"] * 3 and len({c.token_ids[0] for c in found}) == 1
+    blocks_are_free(engine)
+
+
 def test_the_recorded_depths_replay() -> None:
     """`position_depths` is ready for the parallel pass."""
     model = tiny_model()
