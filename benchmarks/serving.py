@@ -72,7 +72,7 @@ class Holding(Runner):
         self.now += 1
         super().decode()
         count = sum(len(notes) for *_, notes in self.held)
-        if not self.held or (self.cohorts and count < self.rows and self.now - self.held[0][0] < self.ticks):
+        if not self.held or (self.flight.sequences and count < self.rows and self.now - self.held[0][0] < self.ticks):
             return []
         _, states, (context, *_), rows, notes = zip(*self.held, strict=True)
         self.held = []

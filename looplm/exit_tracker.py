@@ -52,11 +52,22 @@ class ExitTracker:
         self.log_probabilities = torch.full((n, table), math.nan, device=device)
         self.log_survival = torch.zeros(n, device=device)
 
-    def step(self, loop: int, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    def enter(self, places: Tensor, positions: Tensor, min_loops: Tensor, max_loops: Tensor) -> None:
+        """Start anew at some places that are not active, (n,) int64 each: they join behind those that are.
+
+        What they did in an earlier loop is NaN to the rules that compare loops, which cannot fire on it.
+        """
+        self.positions[places], self._least[places], self._most[places] = positions, min_loops, max_loops
+        self.depths[places], self.log_probabilities[places], self.log_survival[places] = 0, math.nan, 0.0
+        self.active = torch.cat((self.active, places))
+        self._previous_state = _with_nan(self._previous_state, len(places))
+        self._previous_read = _with_nan(self._previous_read, len(places))
+
+    def step(self, loop: int | Tensor, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Judge the active positions after a loop.
 
         Args:
-            loop: 1..max_loops.
+            loop: 1..max_loops; a number, or (A,) with one a position.
             gate_logit: (A,) for the A active positions.
             state: (A, D).
             read: maps (A, D) states to (A, V) log-probabilities; called at most once.
@@ -64,17 +75,16 @@ class ExitTracker:
         Returns:
             (A,) bool, True where a position stops here; `active` has already dropped those.
         """
-        view = self._view(loop, gate_logit.detach(), state.detach(), read)
         least, most = self._least[self.active], self._most[self.active]
-        stops = forced = loop >= most
+        early, stops = loop < least, loop >= most
+        view = self._view(loop, gate_logit.detach(), early, stops, state.detach(), read)
         # one loop ahead: at min_loops, rules that compare loops have a predecessor
-        if not bool(forced.all()) and bool((loop >= least - 1).any()):
-            stops = forced | (self.rule(view) & (loop >= least))
-        self.depths[self.active[stops]] = loop
-        goes_on = ~stops
-        self.active = self.active[goes_on]
-        self._previous_state = view.state[goes_on]
-        self._previous_read = None if self._read is None else self._read[goes_on]
+        if not bool(stops.all()) and bool((loop >= least - 1).any()):
+            stops = stops | (self.rule(view) & ~early)
+        self._previous_state, self._previous_read = view.state, self._read
+        if bool(stops.any()):
+            self.depths[self.active[stops]] = loop if isinstance(loop, int) else loop[stops]
+            self.drop(stops)
         return stops
 
     def drop(self, gone: Tensor) -> None:
@@ -84,9 +94,16 @@ class ExitTracker:
         self._previous_state = None if self._previous_state is None else self._previous_state[stays]
         self._previous_read = None if self._previous_read is None else self._previous_read[stays]
 
-    def _view(self, loop: int, gate_logit: Tensor, state: Tensor, read: Callable[[Tensor], Tensor]) -> LoopView:
+    def _view(
+        self,
+        loop: int | Tensor,
+        gate_logit: Tensor,
+        early: Tensor,
+        last: Tensor,
+        state: Tensor,
+        read: Callable[[Tensor], Tensor],
+    ) -> LoopView:
         logit = gate_logit.float()
-        early, last = loop < self._least[self.active], loop >= self._most[self.active]
         log_exit = logsigmoid(logit).masked_fill(early, -math.inf).masked_fill(last, 0.0)
         log_stay = logsigmoid(-logit).masked_fill(early, 0.0).masked_fill(last, -math.inf)
         before = self.log_survival[self.active]
@@ -111,3 +128,8 @@ class ExitTracker:
             positions=self.positions[self.active],
             index=self.active,
         )
+
+
+def _with_nan(rows: Tensor | None, count: int) -> Tensor | None:
+    """(A, ...) with `count` more rows of NaN."""
+    return rows if rows is None else torch.cat((rows, rows.new_full((count, *rows.shape[1:]), math.nan)))

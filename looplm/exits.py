@@ -99,6 +99,8 @@ def expected_depth(probabilities: Tensor) -> Tensor:
 class LoopView:
     """What an exit rule may look at after a loop, for the N positions that are still looping.
 
+    `loop` is a number, or (N,) where positions in several loops are judged at once: the rules of this module take both.
+
     `rows` (N,) are their rows in the batch, `positions` (N,) their position ids, `index` (N,) their places in the
     flattened (B, S) of the pass.
 
@@ -106,7 +108,7 @@ class LoopView:
     computed only if the rule asks. `previous_*` are None at loop 1: a rule that compares loops cannot fire there.
     """
 
-    loop: int
+    loop: int | Tensor
     log_hazard: Tensor
     log_survival: Tensor
     state: Tensor
@@ -264,12 +266,11 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def keyed_uniform(seeds: Tensor, positions: Tensor, loop: int) -> Tensor:
+def keyed_uniform(seeds: Tensor, positions: Tensor, loop: int | Tensor) -> Tensor:
     """Uniform draws in [0, 1) with 53 bits, fp64, that depend only on (seed, position, loop).
 
     Args:
-        seeds, positions: int64, broadcastable.
-        loop: counted from 1.
+        seeds, positions: int64, broadcastable; `loop` too, or a number, counted from 1.
     """
     mixed = _splitmix64(_splitmix64(_splitmix64(seeds) ^ positions) ^ loop)
     return ((mixed >> 11) & ((1 << 53) - 1)).double() * 2.0**-53

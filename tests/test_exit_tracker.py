@@ -105,6 +105,22 @@ def test_dropping_positions_leaves_the_others_as_they_are() -> None:
             torch.testing.assert_close(found, whole, equal_nan=True)
 
 
+def test_places_start_anew_by_hand() -> None:
+    """Hazards 1/2: place 0 is in loop 2 when place 2 starts; p of the first is 1/4 there, of the other 1/2."""
+    places = torch.arange(3)
+    tracker = ExitTracker(FixedDepth(2), places, places.clone(), places * 0 + 1, places * 0 + 4)
+    tracker.drop(torch.tensor([False, True, True]))
+    tracker.step(1, torch.zeros(1), torch.zeros(1, 1), lambda s: s)
+    tracker.enter(torch.tensor([2]), torch.tensor([7]), torch.tensor([1]), torch.tensor([4]))
+    assert tracker.active.tolist() == [0, 2] and tracker.positions.tolist() == [0, 1, 7]
+    stops = tracker.step(torch.tensor([2, 1]), torch.zeros(2), torch.zeros(2, 1), lambda s: s)
+    assert stops.tolist() == [True, False] and tracker.depths.tolist() == [2, 0, 0]
+    torch.testing.assert_close(tracker.log_probabilities[0, :2].exp(), torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(tracker.log_probabilities[2, :1].exp(), torch.tensor([0.5]))
+    tracker.enter(torch.tensor([0]), torch.tensor([8]), torch.tensor([1]), torch.tensor([4]))
+    assert tracker.log_probabilities[0].isnan().all() and float(tracker.log_survival[0]) == 0
+
+
 def test_recorded_depths_and_their_padding() -> None:
     depths = torch.tensor([[0, 2, 1], [3, 1, 0]])
     tracker = ExitTracker(RecordedDepth(depths), torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(6), 1, 3)

@@ -167,9 +167,10 @@ class Engine:
         if self.model.model.loop_hooks:
             raise ValueError("loop hooks are set, but the rows of a pass are in loops of their own; use generate")
         scheduler, runner = self.scheduler, self.runner
-        scheduler.admit()
+        reads = scheduler.admit()
+        changed = self._attempt(lambda: self._accept(reads), [read.sequence for read in reads], lambda: None)
         starters = scheduler.starters()
-        changed = self._attempt(lambda: self._decode(starters), [*runner.decoding, *starters], runner.abandon_decoding)
+        changed += self._attempt(lambda: self._decode(starters), [*runner.decoding, *starters], runner.abandon_decoding)
         chunks = scheduler.chunks() if runner.prefill is None else []
         started = [chunk.sequence for chunk in chunks]
         changed += self._attempt(lambda: self._fill(chunks), [*runner.chunked, *started], runner.abandon_prefill)
@@ -222,6 +223,8 @@ class Engine:
         if self.runner.prefill is None:
             for sequence in sequences:
                 self.scheduler.chunk_done(sequence)
+            for read in reads:
+                self.scheduler.prompt_read(read)
         return self._accept(reads)
 
     def _attempt(
@@ -257,7 +260,7 @@ class Engine:
         if read.error is not None:
             self._finish(sequence, "error", read.error)
             return sequence
-        if drawn is None and params.plain:
+        if drawn is None and params.plain and read.best is not None:
             drawn = Drawn(read.best)
         drawn = drawn or draw(read.logits, params, sequence.prompt, sequence.new, sequence.seed)
         sequence.note(read, drawn)

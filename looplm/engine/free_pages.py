@@ -7,9 +7,9 @@ and a new one starts in the middle of the widest gap, so that all have room to g
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from operator import sub
+from heapq import heapify, heappop, heappush
 
 
 class FreePages:
@@ -17,9 +17,11 @@ class FreePages:
 
     def __init__(self, first: int, stop: int) -> None:
         self._starts, self._stops = [first], [stop]  # of each gap, ascending; no two touch
+        self._count = stop - first
+        self._widths = [(first - stop, first)]  # a heap: minus the width, and the start; some gaps are no more
 
     def __len__(self) -> int:
-        return sum(self._stops) - sum(self._starts)
+        return self._count
 
     def __iter__(self) -> Iterator[int]:
         for start, stop in zip(self._starts, self._stops, strict=True):
@@ -51,6 +53,8 @@ class FreePages:
                 gap += 1
             if gap < len(self._starts) and self._starts[gap] == page + 1:
                 del self._starts[gap], self._stops[gap - 1]
+            self._count += 1
+            self._note(gap - 1)
 
     def _gap_of(self, page: int) -> int | None:
         gap = bisect_right(self._starts, page) - 1
@@ -58,9 +62,13 @@ class FreePages:
 
     def _widest(self, count: int) -> tuple[int, int]:
         """The widest gap, and where `count` pages are to start in it."""
-        widths = list(map(sub, self._stops, self._starts))
-        gap = widths.index(max(widths))
-        start, stop = self._starts[gap], self._stops[gap]
+        while True:
+            width, start = self._widths[0]
+            gap = bisect_left(self._starts, start)
+            if gap < len(self._starts) and (self._starts[gap], self._stops[gap]) == (start, start - width):
+                break
+            heappop(self._widths)
+        stop = self._stops[gap]
         middle = (start + stop) // 2
         return gap, middle if stop - middle >= count else max(start, stop - count)
 
@@ -70,3 +78,13 @@ class FreePages:
         parts = [(first, stop) for first, stop in parts if first < stop]
         self._starts[gap : gap + 1] = [first for first, _ in parts]
         self._stops[gap : gap + 1] = [stop for _, stop in parts]
+        self._count -= end - start
+        for part in range(gap, gap + len(parts)):
+            self._note(part)
+
+    def _note(self, gap: int) -> None:
+        """A gap is new or another one."""
+        if len(self._widths) > 64 + 4 * len(self._starts):  # most are no more
+            self._widths = [(first - stop, first) for first, stop in zip(self._starts, self._stops, strict=True)]
+            heapify(self._widths)
+        heappush(self._widths, (self._starts[gap] - self._stops[gap], self._starts[gap]))

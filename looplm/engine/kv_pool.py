@@ -12,21 +12,25 @@ Pages are zeroed when they are handed out: what a sequence left there (a NaN, sa
 0 x NaN behind the mask. Page 0 stays zero and pads tables; page 1 takes what padding writes.
 
 Prefix cache (`per_loop`): a block of prompt positions is found again by its tokens, the block before it, and all that
-decides how deep its positions went (rule, limits). Blocks that nobody holds stay until their pages are needed.
+decides how deep its positions went (rule, limits). Blocks that nobody holds stay until their pages are needed. The last
+block of a prompt, full or not, also keeps what was read there: the same prompt copies it, and is not run at all.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from looplm.engine.free_pages import FreePages
 from looplm.model.configuration import OuroConfig
+
+if TYPE_CHECKING:
+    from looplm.engine.sequence import Read, Sequence
 
 BLOCK = 16
 """Positions of a page."""
@@ -36,13 +40,18 @@ ZERO, TRASH = 0, 1
 
 @dataclass(eq=False)
 class Block:
-    """`BLOCK` positions of a sequence: pages by loop (or one), the edge page, and who holds it."""
+    """`BLOCK` positions of a sequence: pages by loop (or one), the edge page, and who holds it.
+
+    One that can be found has a `key` and the `depths` of its prompt positions; where a prompt ends with them and was
+    read, `end` makes the same read for another sequence.
+    """
 
     pages: list[int]
     edge: int
     holders: int = 1
     key: Hashable = None
     depths: tuple[int, ...] = ()
+    end: Callable[[Sequence], Read] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +154,11 @@ class KVPool:
 
     # --- blocks ---
 
-    def allocate(self, count: int, pages: int, after: Block | None = None) -> list[Block] | None:
+    def allocate(self, count: int, pages: int, after: Block | None = None, filled: int = 0) -> list[Block] | None:
         """So many blocks of so many pages each, zeroed; None, and nothing taken, where the budget is spent.
 
-        In each loop pages lie side by side, those of the block `after` included, as far as there is room.
+        In each loop pages lie side by side, those of the block `after` included, as far as there is room. The first
+        `filled` positions of each are not zeroed: the caller writes them at once.
         """
         while (len(self._free) < count * pages or len(self._free_edges) < count) and self._idle:
             self._discard(self._idle.popitem(last=False)[1])
@@ -156,10 +166,10 @@ class KVPool:
             return None
         lanes = [self._free.take(count, page) for page in ([None] * pages if after is None else after.pages)]
         edges = self._free_edges.take(count, None if after is None else after.edge)
-        for page in chain(*lanes):  # one at a time: an index over all of them takes several times as long
-            self.core[:, page] = 0
-        for page in edges:
-            self.edge[:, page] = 0
+        for lane in lanes:
+            _zero(self.core, lane, filled)
+        if len(self.edge):
+            _zero(self.edge, edges, filled)
         return [Block(list(own), edge) for *own, edge in zip(*lanes, edges, strict=True)]
 
     def release(self, block: Block) -> None:
@@ -191,16 +201,33 @@ class KVPool:
             block.holders += 1
         return block
 
+    def knows_end(self, key: Hashable) -> bool:
+        """Whether `find` would find the last block of a prompt that was read."""
+        return key in self._known and self._known[key].end is not None
+
     def publish(self, block: Block, key: Hashable, depths: tuple[int, ...]) -> None:
-        """Let later prompts find a block that is full; the first of its kind stays the known one."""
+        """Let later prompts find a block that is filled; the first of its kind stays the known one."""
         if key not in self._known:
             block.key, block.depths = key, depths
             self._known[key] = block
 
+    def publish_end(self, key: Hashable, end: Callable[[Sequence], Read]) -> None:
+        """Keep what was read at the end of a prompt with the block that is known by `key`."""
+        if key in self._known:
+            self._known[key].end = end
+
+    def copy(self, source: Block, target: Block) -> None:
+        """Bring the prompt positions of a block that can be found into another one."""
+        count = len(source.depths)
+        for kept, page in zip(source.pages, target.pages, strict=True):
+            self.core[:, page, :count] = self.core[:, kept, :count]
+        if len(self.edge):
+            self.edge[:, target.edge, :count] = self.edge[:, source.edge, :count]
+
     def _discard(self, block: Block) -> None:
         self._idle_pages -= len(block.pages)
         del self._known[block.key]
-        block.key = None
+        block.key = block.end = None
         self._give_back(block)
 
     def _give_back(self, block: Block) -> None:
@@ -217,7 +244,8 @@ class KVPool:
         rows = [b.pages + b.pages[-1:] * (self.num_loops - len(b.pages)) for b in new]
         device = self.tables.device
         self.tables[slot, :, start : len(blocks)] = torch.tensor(rows, device=device).t()
-        self.edge_tables[slot, start : len(blocks)] = torch.tensor([b.edge for b in new], device=device)
+        if len(self.edge):
+            self.edge_tables[slot, start : len(blocks)] = torch.tensor([b.edge for b in new], device=device)
 
     def unbind(self, slot: int) -> None:
         """A slot that is free reads zeros."""
@@ -234,9 +262,9 @@ class KVPool:
         number = torch.arange(1, self.num_loops + 1, device=pages.device)
         beyond = (number > depths[:, None]) & (number <= loops[:, None])
         source = pages.gather(1, depths[:, None] - 1).expand_as(pages)[beyond]
-        flat = self.core.flatten(1, 2)
-        for kept, place in zip(source.tolist(), pages[beyond].tolist(), strict=True):  # as in `allocate`
-            flat[:, place] = flat[:, kept]
+        layers = torch.arange(len(self.core), device=pages.device)[:, None] * (self.core.shape[1] * BLOCK)
+        flat = self.core.flatten(0, 2).flatten(1)
+        flat.index_copy_(0, (layers + pages[beyond]).flatten(), flat.index_select(0, (layers + source).flatten()))
 
     def gather(self, store: Tensor, pages: Tensor) -> Tensor:
         """Pages (n,) of one layer's `store`, copied side by side: (n, BLOCK, 2, H_kv, D_h), good until the next call.
@@ -256,3 +284,12 @@ class KVPool:
         """Copy them back into blocks of one page."""
         self.core[:, [block.pages[0] for block in blocks]] = saved.core.to(self.core.device)
         self.edge[:, [block.edge for block in blocks]] = saved.edge.to(self.edge.device)
+
+
+def _zero(store: Tensor, pages: list[int], filled: int) -> None:
+    """Clear pages (L, pages, BLOCK, ...), a run at a time: an index over many of them takes several times as long."""
+    start = 0
+    for place in range(1, len(pages) + 1):
+        if place == len(pages) or pages[place] != pages[place - 1] + 1:
+            store[:, pages[start] : pages[place - 1] + 1, filled:] = 0
+            start = place

@@ -104,12 +104,14 @@ def _by_head(store: Tensor) -> Tensor:
 
 @dataclass
 class PagedPass(PassContext):
-    """R rows with S queries each; `looped` are the pages of the core, `once` those of prelude and coda.
+    """R rows with S queries each, in `slots` (R,) of the pool.
 
-    `adaptation` is what the rows' adapters add, set by whoever knows the rows.
+    `looped` are their pages of the core, `once` those of prelude and coda. `adaptation` is what the rows' adapters add,
+    set by whoever knows the rows.
     """
 
     pool: KVPool = field(kw_only=True)
+    slots: Tensor = field(kw_only=True)
     looped: Pages = field(kw_only=True)
     once: Pages | None = field(kw_only=True)
     longest: int = field(kw_only=True)
@@ -143,6 +145,7 @@ class PagedPass(PassContext):
             num_core_layers=core.config.num_hidden_layers,
             core_input=weight,  # set by OuroModel.begin, or by the runner
             pool=pool,
+            slots=slots,
             looped=Pages.at(pool, pool.tables[slots, loops - 1, :count], positions, written),
             once=once,
             longest=longest,
@@ -178,13 +181,15 @@ class PagedPass(PassContext):
             rotary=(cos[rows], sin[rows]),
             mask=None if self.mask is None else self.mask[rows],
             positions=self.positions[rows],
+            slots=self.slots[rows],
             looped=self.looped.take(rows, self.length),
             once=None if self.once is None else self.once.take(rows, self.length),
             adaptation=None if self.adaptation is None else self.adaptation.take(rows),
         )
 
-    def writing(self, table: Tensor, written: Tensor) -> PagedPass:
-        """The same pass a loop later: other pages (R, n) of the core, and fewer positions that are written."""
+    def in_loops(self, loops: Tensor | int, written: Tensor) -> PagedPass:
+        """The same pass in other loops, (R,) or one, and fewer positions (R, S) bool that are written."""
+        table = self.pool.tables[self.slots, loops - 1, : self.looped.table.shape[1]]
         return replace(self, looped=Pages.at(self.pool, table, self.positions, written))
 
 

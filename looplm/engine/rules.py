@@ -36,6 +36,26 @@ class Each:
 
 
 @dataclass(frozen=True)
+class LoopByLoop:
+    """A rule of the user's own, which expects positions of one loop at a time."""
+
+    rule: ExitRule
+
+    def __call__(self, view: LoopView) -> Tensor:
+        """(A,) bool for the positions still looping."""
+        if isinstance(view.loop, int):
+            return self.rule(view)
+        stops = torch.zeros_like(view.rows, dtype=torch.bool)
+        for loop in view.loop.unique().tolist():
+            mine = view.loop == loop
+            own = replace(_narrow(view, mine), loop=loop)
+            if loop == 1:
+                own = replace(own, previous_state=None, previous_log_probabilities=None)
+            stops[mine] = self.rule(own)
+        return stops
+
+
+@dataclass(frozen=True)
 class Replayed:
     """Positions whose depth is known (`depths` (N,), 0 elsewhere) stop there; the others are judged by `otherwise`."""
 
@@ -75,6 +95,8 @@ def _kind(rule: ExitRule) -> tuple[object, ...]:
 
 def _stack(rules: Sequence[ExitRule], rows: Sequence[int]) -> ExitRule:
     """The rules of `rows`, all of a kind, as one; other rows hold a number that is never asked for."""
+    if not isinstance(rules[rows[0]], _NUMBERED):
+        return LoopByLoop(rules[rows[0]])
     first: Any = rules[rows[0]]
     if all(rules[row] is first or rules[row] == first for row in rows):
         return first
@@ -93,6 +115,7 @@ def _narrow(view: LoopView, mine: Tensor) -> LoopView:
     previous_state, previous_read = view.previous_state, view.previous_log_probabilities
     return replace(
         view,
+        loop=view.loop if isinstance(view.loop, int) else view.loop[mine],
         log_hazard=view.log_hazard[mine],
         log_survival=view.log_survival[mine],
         state=view.state[mine],

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from looplm.engine.adapters import Adaptation
-from looplm.engine.cohorts import Chunk, Cohort, Prefill
+from looplm.engine.flight import Flight, Note
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.paged_pass import PagedPass
+from looplm.engine.prefill import Chunk, Prefill
 from looplm.engine.sampling import best_tokens
 from looplm.engine.sequence import Read, Sequence
 from looplm.exit_tracker import ExitTracker
@@ -28,21 +29,22 @@ class Runner:
     """What is in flight, and the passes over it.
 
     Attributes:
-        cohorts: new tokens in flight, one cohort a loop at most; `prefill` the chunks in flight.
+        flight: the new tokens in flight; `prefill` the chunks.
         model_seconds: spent in the model's passes and read-outs.
         row_passes: loops x rows of new tokens run so far.
     """
 
     def __init__(self, model: OuroForCausalLM, pool: KVPool) -> None:
         self.model, self.pool = model, pool
-        self.cohorts: list[Cohort] = []
+        self.flight = Flight(model.model, pool)
+        self._last: tuple[list[Sequence], PagedPass] | None = None
         self.prefill: Prefill | None = None
         self.model_seconds, self.row_passes = 0.0, 0
 
     @property
     def decoding(self) -> list[Sequence]:
         """Sequences with a new token in flight, in the order of the pass."""
-        return [sequence for cohort in self.cohorts for sequence in cohort.sequences]
+        return self.flight.sequences
 
     @property
     def chunked(self) -> list[Sequence]:
@@ -51,7 +53,7 @@ class Runner:
 
     def start(self, sequences: list[Sequence]) -> None:
         """Send the newest token of each into loop 1."""
-        self.cohorts.append(Cohort.start(self.model.model, self.pool, sequences))
+        self.flight.start(sequences)
 
     def start_prefill(self, chunks: list[Chunk]) -> None:
         """Send chunks into loop 1."""
@@ -59,10 +61,8 @@ class Runner:
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out of flight, whatever it is doing."""
-        for cohort in self.cohorts:
-            if sequence in cohort.sequences:
-                cohort.drop(sequence)
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.sequences]
+        if sequence in self.decoding:
+            self.flight.drop(sequence)
         if sequence in self.chunked:
             assert self.prefill is not None
             self.prefill.drop(sequence)
@@ -70,7 +70,7 @@ class Runner:
 
     def abandon_decoding(self) -> None:
         """After a pass that failed: forget the new tokens in flight."""
-        self.cohorts = []
+        self.flight = Flight(self.model.model, self.pool)
 
     def abandon_prefill(self) -> None:
         """After a pass that failed: forget the chunks in flight."""
@@ -78,49 +78,49 @@ class Runner:
 
     def decode(self) -> list[Read]:
         """One pass over all new tokens in flight; gives those that exit."""
-        if not self.cohorts:
+        flight, core = self.flight, self.model.model
+        if not flight.sequences:
             return []
-        core = self.model.model
-        numbers = [(s.slot, cohort.loop + 1, s.filled) for cohort in self.cohorts for s in cohort.sequences]
-        slots, loops, positions = torch.tensor(numbers, device=self.pool.tables.device).unbind(1)
-        places = positions[:, None]
-        context = PagedPass.over(core, self.pool, slots, loops, places, places >= 0)
-        context.adaptation = Adaptation.of([s.adapter for s in self.decoding], slots.device)
+        context = self._context()
         if core.config.input_injection == "add":  # nothing is added before loop 1
-            inputs = [c.core_input if c.loop else torch.zeros_like(c.core_input) for c in self.cohorts]
-            context.core_input = torch.cat(inputs)[:, None]
-        state = torch.cat([cohort.state for cohort in self.cohorts])[:, None]
+            context.core_input = torch.where(flight.loops[:, None] > 0, flight.core_input, 0.0)[:, None]
         with self._timed():
-            state, gate = core.loop(state, context, 2)  # any loop but the first: rows are in loops of their own
+            state, gate = core.loop(flight.state[:, None], context, 2)  # not the first: rows are in loops of their own
         self.row_passes += len(state)
-        return self._leave(context, slots, positions, state, gate)
+        return self._leave(context, state, gate[:, 0])
 
-    def _leave(self, context: PagedPass, slots: Tensor, positions: Tensor, state: Tensor, gate: Tensor) -> list[Read]:
-        """Judge every cohort after its loop, and read the rows that stop."""
-        start, stopped, notes = 0, [], []
-        for cohort in self.cohorts:
-            part = slice(start, start + len(cohort.sequences))
-            start = part.stop
+    def _context(self) -> PagedPass:
+        """The pass of this tick: while no row comes or goes, that of the tick before in other pages."""
+        flight, last = self.flight, self._last
+        slots, loops = flight.slots, flight.loops + 1
+        if last is not None and last[0] is flight.sequences:
+            context = last[1].in_loops(loops, torch.ones_like(last[1].positions, dtype=torch.bool))
+        else:
+            places = flight.positions[:, None]
+            context = PagedPass.over(self.model.model, self.pool, slots, loops, places, places >= 0)
+            context.adaptation = Adaptation.of([s.adapter for s in flight.sequences], places.device)
+        self._last = flight.sequences, context
+        return context
 
-            def look(state: Tensor, part: slice = part) -> Tensor:
-                rows = torch.arange(part.start, part.stop, device=state.device)
-                return self.model.log_probabilities(self._finish(state[:, None], context, rows)[:, 0])
+    def _leave(self, context: PagedPass, state: Tensor, gate: Tensor) -> list[Read]:
+        """Judge all rows after their loop, (R, 1, D) and (R,), and read those that stop."""
+        flight, slots, positions = self.flight, self.flight.slots, context.positions[:, 0]
 
-            stops = cohort.advance(state[part, 0], gate[part, 0], look)
-            stopped.append(stops)
-            notes += _notes(cohort, stops)
-        leaving = torch.cat(stopped).nonzero()[:, 0]
-        for cohort, stops in zip(self.cohorts, stopped, strict=True):
-            cohort.keep(~stops)
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.sequences]
+        def look(state: Tensor) -> Tensor:
+            rows = torch.arange(len(state), device=state.device)
+            return self.model.log_probabilities(self._finish(state[:, None], context, rows)[:, 0])
+
+        stops, notes = flight.advance(state[:, 0], gate, look)
         if not notes:
             return []
-        if not self.pool.single_slot:
-            depths, most = torch.tensor([(depth, s.loops) for s, depth, *_ in notes], device=slots.device).unbind(1)
+        flight.keep(~stops)
+        leaving = stops.nonzero()[:, 0]
+        if not self.pool.single_slot and any(note.depth < note.sequence.loops for note in notes):
+            depths, most = torch.tensor([(n.depth, n.sequence.loops) for n in notes], device=slots.device).unbind(1)
             self.pool.fill(slots[leaving], positions[leaving], depths, most)
-        for sequence, depth, *_ in notes:
-            sequence.filled += 1
-            sequence.depths.append(depth)
+        for note in notes:
+            note.sequence.filled += 1
+            note.sequence.depths.append(note.depth)
         return self._read(state[leaving], context, leaving, notes)
 
     def _read(self, state: Tensor, context: PagedPass, rows: Tensor, notes: list[Note]) -> list[Read]:
@@ -134,7 +134,7 @@ class Runner:
         group = self.prefill
         if group is None:
             return []
-        context = group.pass_at(self.pool, group.loop + 1)
+        context = group.context.in_loops(group.loop + 1, group.active)
         context.core_input = group.core_input
 
         def look(state: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Runner:
             if id(chunk) in reading:
                 rows.append(row)
                 ends.append(chunk.count - 1)
-                notes.append((sequence, depths[end - 1], *_record(group.tracker, end - 1, depths[end - 1]), True))
+                notes.append(Note(sequence, depths[end - 1], *_record(group.tracker, end - 1, depths[end - 1])))
             sequence.depths[chunk.start : chunk.start + chunk.count] = depths[end - chunk.count : end]
             sequence.filled, sequence.flying = chunk.start + chunk.count, False
         state = group.state
@@ -192,24 +192,6 @@ class Runner:
         self.model_seconds += time.perf_counter() - began
 
 
-Note = tuple[Sequence, int, list[float], float, bool]
-"""A sequence that exits: its depth, log p_1 .. log p_depth, log S at the exit, and whether its gates were finite."""
-
-
-def _notes(cohort: Cohort, stops: Tensor) -> list[Note]:
-    """Of the rows of a cohort that stop, (R,) bool."""
-    if not bool(stops.any()):
-        return []
-    places, tracker, depth = cohort.places[stops], cohort.tracker, cohort.loop
-    records = tracker.log_probabilities[places, :depth].tolist()
-    survival, finite = tracker.log_survival[places].tolist(), cohort.finite[stops].tolist()
-    rows = stops.nonzero()[:, 0].tolist()
-    return [
-        (cohort.sequences[row], depth, record, last, good)
-        for row, record, last, good in zip(rows, records, survival, finite, strict=True)
-    ]
-
-
 def _record(tracker: ExitTracker, place: int, depth: int) -> tuple[list[float], float]:
     return tracker.log_probabilities[place, :depth].tolist(), float(tracker.log_survival[place])
 
@@ -217,12 +199,14 @@ def _record(tracker: ExitTracker, place: int, depth: int) -> tuple[list[float], 
 def _reads(logits: Tensor, notes: list[Note]) -> list[Read]:
     """Logits (n, V) with what is known of their rows."""
     wide = logits if logits.dtype == torch.float64 else logits.float()  # reductions of bf16 are slow on a CPU
-    finite, best = wide.sum(-1).isfinite().tolist(), best_tokens(wide).tolist()  # NaN and infinity stay in a sum
-    reads = []
-    for row, (sequence, depth, record, survival, good) in enumerate(notes):
-        what = "exit gate is" if not good else None if finite[row] else "logits are"
+    finite = wide.sum(-1).isfinite().tolist()  # NaN and infinity stay in a sum
+    plain = any(note.sequence.params.plain for note in notes)
+    best = best_tokens(wide).tolist() if plain else [None] * len(notes)
+    reads, rows = [], logits.unbind()
+    for row, (sequence, depth, record, survival, finite_gates) in enumerate(notes):
+        what = "exit gate is" if not finite_gates else None if finite[row] else "logits are"
         place = len(sequence.prompt) + len(sequence.new) - 1
         error = what and f"the {what} not finite at position {place}; check the weights"
-        reads.append(Read(sequence, logits[row], best[row], depth, record, survival, error))
+        reads.append(Read(sequence, rows[row], best[row], depth, record, survival, error))
         sequence.flying = False
     return reads

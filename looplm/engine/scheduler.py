@@ -15,11 +15,12 @@ import heapq
 import itertools
 from array import array
 from collections.abc import Hashable, Iterator
+from functools import partial
 
-from looplm.engine.cohorts import Chunk
-from looplm.engine.kv_pool import BLOCK, KVPool
+from looplm.engine.kv_pool import BLOCK, Block, KVPool
+from looplm.engine.prefill import Chunk
 from looplm.engine.runner import Runner
-from looplm.engine.sequence import Sequence
+from looplm.engine.sequence import Read, Sequence
 
 PATIENCE = 64
 """Arrivals that a unit of priority overtakes."""
@@ -39,8 +40,10 @@ class Scheduler:
         self.prefix_cache = prefix_cache and not pool.single_slot
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._spare = 0  # pages of a block of new tokens for each that runs
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._slots = list(range(rows - 1, -1, -1))
+        self._changed = False  # whether anything came, went or was filled since those that wait were looked at
 
     @property
     def waiting(self) -> int:
@@ -55,6 +58,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._changed = True
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence is over, wherever it stands: its rows and pages are free."""
@@ -64,6 +68,7 @@ class Scheduler:
         else:
             self._unseat(sequence)
         sequence.saved = None
+        self._changed = True
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue, at its old place."""
@@ -73,33 +78,39 @@ class Scheduler:
         self.preemptions += 1
         self.add(sequence)
 
-    def admit(self) -> None:
-        """Seat those that wait, in order, while there is room; those whose prefix is on its way wait for it."""
-        if not (self._waiting and self._slots):
-            return
+    def admit(self) -> list[Read]:
+        """Seat those that wait, in order, while there is room; those whose prefix is on its way wait for it.
+
+        Gives the reads of those whose whole prompt was there: they need not be run.
+        """
+        if not (self._waiting and self._slots and self._changed):
+            return []
+        self._changed = False
+        reads: list[Read] = []
         coming = {key for s in self.running if s.prefilling for key in self._missing(s)[:1]}
         held = []
         while self._waiting and self._slots:
             missing = self._missing(self._waiting[0][1])[:1]
             if not coming.isdisjoint(missing):
                 held.append(heapq.heappop(self._waiting))
-            elif self._seat(self._waiting[0][1]):
+            elif self._seat(self._waiting[0][1], reads):
                 coming.update(missing)
                 heapq.heappop(self._waiting)
             else:
                 break
         for entry in held:
             heapq.heappush(self._waiting, entry)
+        return reads
 
     def _missing(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the blocks that its prompt could share and nobody has put into the pool yet, from the first on."""
-        keys = list(_keys(sequence)) if self.prefix_cache and sequence.saved is None else []
-        shared = [key for number, key in enumerate(keys, start=1) if number * BLOCK < len(sequence.prompt)]
-        return list(itertools.dropwhile(self.pool.knows, shared))
+        *shared, whole = self._keys(sequence) or (None,)
+        missing = list(itertools.dropwhile(self.pool.knows, shared))
+        return missing if whole is None or self.pool.knows_end(whole) or sequence.new else [*missing, whole]
 
     def starters(self) -> list[Sequence]:
         """Sequences whose newest token starts loop 1 now, each with room for it; some may have to give way."""
-        if self.runner.cohorts and self.in_step():
+        if self.runner.flight.sequences and self.in_step():
             return []
         ready = [s for s in self.running if not s.prefilling and not s.flying]
         starting = [s for s in sorted(ready, key=_order) if s.slot is not None and self._grow(s)]
@@ -129,33 +140,54 @@ class Scheduler:
         return group
 
     def chunk_done(self, sequence: Sequence) -> None:
-        """A chunk is in the pool: full blocks of the prompt can be found, and a prompt that is through collapses."""
-        if self.prefix_cache:
-            for number, key in enumerate(_keys(sequence)):
-                block = sequence.blocks[number]
-                if (number + 1) * BLOCK > sequence.filled:
-                    break
-                if block.key is None:
-                    self.pool.publish(block, key, tuple(sequence.depths[number * BLOCK : (number + 1) * BLOCK]))
+        """A chunk is in the pool: blocks of the prompt can be found, and a prompt that is through collapses."""
+        self._changed = True
+        for number, key in enumerate(self._keys(sequence)):
+            block, end = sequence.blocks[number], min((number + 1) * BLOCK, len(sequence.prompt))
+            if end > sequence.filled:
+                break
+            if block.key is None:
+                self.pool.publish(block, key, tuple(sequence.depths[number * BLOCK : end]))
         if self.pool.single_slot and not sequence.prefilling:
             for block in sequence.blocks:
                 self.pool.collapse(block)
             assert sequence.slot is not None
             self.pool.bind(sequence.slot, sequence.blocks)
 
+    def prompt_read(self, read: Read) -> None:
+        """A prompt was run and read: whoever has the same one need not run it."""
+        keys = self._keys(read.sequence)
+        if keys and read.error is None:
+            kept = {**vars(read), "logits": read.logits.clone()}  # not all rows of that read, and not the sequence
+            del kept["sequence"]
+            self.pool.publish_end(keys[-1], partial(Read, **kept))
+
+    def _keys(self, sequence: Sequence) -> tuple[Hashable, ...]:
+        """What the blocks of its prompt are found by, the last by the whole prompt; none where none are shared."""
+        if not self.prefix_cache or sequence.saved is not None:
+            return ()
+        if sequence.keys is None:
+            sequence.keys = tuple(_keys(sequence))
+        return sequence.keys
+
     def _pages(self, sequence: Sequence) -> int:
         """Pages that a block of new tokens takes."""
         return 1 if self.pool.single_slot else sequence.loops
 
-    def _seat(self, sequence: Sequence) -> bool:
-        """Give a sequence its blocks and a slot, leaving those that run a block each to grow; False: no room yet."""
+    def _seat(self, sequence: Sequence, reads: list[Read]) -> bool:
+        """Give a sequence its blocks and a slot, leaving those that run a block each to grow; False: no room yet.
+
+        `reads` gets what was read where another one's prompt ends, if it is the same.
+        """
         sequence.target = max(len(sequence.prompt), len(sequence.depths))
-        found = [] if sequence.saved is not None else self._prefix(sequence)
+        found = self._prefix(sequence)
         count = -(-sequence.target // BLOCK) - len(found)
-        pages = 1 if sequence.saved is not None else sequence.loops
-        spare = sum(map(self._pages, self.running))
-        after, room = found[-1] if found else None, self.pool.available >= count * pages + spare
-        blocks = self.pool.allocate(count, pages, after) if room else None
+        twin = self._twin(sequence) if count == 1 else None
+        after = found[-1] if found else None
+        blocks = self._blocks(sequence, count, after, 0 if twin is None else len(twin.depths))
+        if blocks is None and twin is not None:  # it may hold the very pages that are wanted
+            self.pool.release(twin)
+            twin, blocks = None, self._blocks(sequence, count, after)
         if blocks is None:
             for block in reversed(found):
                 self.pool.release(block)
@@ -164,23 +196,48 @@ class Scheduler:
         self.pool.bind(sequence.slot, sequence.blocks)
         sequence.filled = len(found) * BLOCK
         sequence.depths[: sequence.filled] = [depth for block in found for depth in block.depths]
+        if twin is not None:
+            self._copy_end(sequence, twin, reads)
         if not sequence.new:
             sequence.cached = sequence.filled
         if sequence.saved is not None:
             self.pool.restore(blocks, sequence.saved)
             sequence.saved, sequence.filled = None, sequence.target
         self.running.append(sequence)
+        self._spare += self._pages(sequence)
         return True
 
-    def _prefix(self, sequence: Sequence) -> list:
+    def _blocks(self, sequence: Sequence, count: int, after: Block | None, filled: int = 0) -> list[Block] | None:
+        """Blocks for a sequence that is to be seated, where those that run still have room to grow."""
+        pages = 1 if sequence.saved is not None else sequence.loops
+        if self.pool.available < count * pages + self._spare:
+            return None
+        return self.pool.allocate(count, pages, after, filled)
+
+    def _prefix(self, sequence: Sequence) -> list[Block]:
         """Blocks of earlier prompts that this one begins with; at least one position is left to run."""
         found = []
-        for number, key in enumerate(_keys(sequence)) if self.prefix_cache else ():
-            block = self.pool.find(key) if (number + 1) * BLOCK < sequence.target else None
+        for number, key in enumerate(self._keys(sequence), start=1):
+            whole = number * BLOCK < sequence.target and number * BLOCK <= len(sequence.prompt)
+            block = self.pool.find(key) if whole else None
             if block is None:
                 break
             found.append(block)
         return found
+
+    def _twin(self, sequence: Sequence) -> Block | None:
+        """The last block of the same prompt, where that was read."""
+        keys = self._keys(sequence)
+        return self.pool.find(keys[-1]) if keys and not sequence.new and self.pool.knows_end(keys[-1]) else None
+
+    def _copy_end(self, sequence: Sequence, twin: Block, reads: list[Read]) -> None:
+        """Fill the last block of a prompt from its twin, and read what was read there."""
+        assert twin.end is not None
+        self.pool.copy(twin, sequence.blocks[-1])
+        self.pool.release(twin)
+        sequence.depths[sequence.filled :] = twin.depths
+        sequence.filled = sequence.target
+        reads.append(twin.end(sequence))
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next position; False where the sequence itself had to give way."""
@@ -206,6 +263,7 @@ class Scheduler:
         for block in reversed(sequence.blocks):
             self.pool.release(block)
         self.running.remove(sequence)
+        self._spare -= self._pages(sequence)
         sequence.blocks, sequence.slot, sequence.flying, sequence.filled = [], None, False, 0
 
 
@@ -214,7 +272,7 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 
 
 def _keys(sequence: Sequence) -> Iterator[Hashable]:
-    """What the full blocks of a prompt are found by: all tokens up to their end, adapter, what decides their depths."""
+    """What the blocks of a prompt are found by: all tokens up to their end, adapter, what decides their depths."""
     adapter = sequence.params.adapter
     decides: Hashable = (adapter, sequence.loops)
     if sequence.options.prefill == "adaptive":
@@ -223,6 +281,6 @@ def _keys(sequence: Sequence) -> Iterator[Hashable]:
             return
         decides = (adapter, rule, sequence.options.min_loops, sequence.loops)
     digest = hashlib.sha256()
-    for end in range(BLOCK, len(sequence.prompt) + 1, BLOCK):
-        digest.update(array("q", sequence.prompt[end - BLOCK : end]).tobytes())
+    for start in range(0, len(sequence.prompt), BLOCK):
+        digest.update(array("q", sequence.prompt[start : start + BLOCK]).tobytes())
         yield digest.digest(), decides

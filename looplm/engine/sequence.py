@@ -6,7 +6,9 @@ depths are recorded position by position, so that what was evicted can be replay
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -67,7 +69,7 @@ class Read:
     """A position that has exited and is read: its logits and what its exit cost.
 
     Attributes:
-        logits: (V,) in the model's dtype; `best` is where they are largest.
+        logits: (V,) in the model's dtype; `best` is where they are largest, if anybody asked.
         depth: the loop it left after.
         log_probabilities: log p_1 .. log p_depth; `log_survival` at the exit.
         error: says that its numbers are not finite.
@@ -75,11 +77,16 @@ class Read:
 
     sequence: Sequence
     logits: torch.Tensor
-    best: int
+    best: int | None
     depth: int
     log_probabilities: list[float]
     log_survival: float
     error: str | None
+
+
+@cache
+def _full_depth(loops: int) -> FixedDepth:
+    return FixedDepth(loops)
 
 
 @dataclass(eq=False)
@@ -92,7 +99,9 @@ class Sequence:
         flying: whether a token or chunk of it is between loops.
         slot: its row in the pool's tables; None while it waits.
         saved: its pages, where they were copied out.
+        loops: full depth.
         adapter: what its rows wear.
+        keys: what the blocks of its prompt are found by, once the scheduler has asked.
     """
 
     request: int
@@ -104,6 +113,7 @@ class Sequence:
     rank: tuple[int, int, int]
     stream: TextStream | None = None
     adapter: Adapter | None = None
+    keys: tuple[Hashable, ...] | None = None
     new: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     filled: int = 0
@@ -119,11 +129,10 @@ class Sequence:
     drawn: list[Drawn] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    loops: int = field(init=False)
 
-    @property
-    def loops(self) -> int:
-        """Full depth of this request."""
-        return int(self.options.max_loops)
+    def __post_init__(self) -> None:
+        self.loops = int(self.options.max_loops)
 
     @property
     def tokens(self) -> list[int]:
@@ -144,14 +153,14 @@ class Sequence:
         """The rule of the next token; under a budget its threshold follows what was spent so far."""
         options = self.options
         if options.budget is None:
-            return options.rule if options.rule is not None else FixedDepth(options.max_loops)
+            return options.rule if options.rule is not None else _full_depth(self.loops)
         spare = torch.tensor(sum(float(options.budget) - depth for depth in self.exit_depths), dtype=torch.float64)
         return QExit(float(budget_threshold(spare, options.budget_start)))
 
     def prompt_rule(self) -> ExitRule:
         """The rule of prompt positions. Under a budget nothing is spent when a prompt starts."""
         if self.options.prefill == "full":
-            return FixedDepth(self.options.max_loops)
+            return _full_depth(self.loops)
         return self.options.rule if self.options.rule is not None else QExit(self.options.budget_start)
 
     def token_at(self, start: int, count: int) -> list[int]:

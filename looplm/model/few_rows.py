@@ -1,11 +1,12 @@
-"""A layer over one new position of a few rows on a CPU, in as few calls as it takes (benchmarks/decode.py).
+"""A layer over one new position a row on a CPU, in as few calls as it takes (benchmarks/decode.py).
 
 A decode step reads every weight of the stack once a loop and does next to nothing with it. Its time is that of the
 reading, and of the calls in between: each reading throws whatever a call needs out of the caches, so a call costs
-several times what it costs in a loop of its own. The arithmetic is that of `OuroDecoderLayer` (Ouro section 4.1), to
-the rounding of sums. Three things differ: the projections that share an input (q, k, v; gate, up) are one product, q
-and k are turned together, and no module is called: one that has a hook, an adapter or another forward is served by the
-layers themselves, and so are gradients, other devices and other attention backends.
+several times what it costs in a loop of its own; with many rows of a narrow model, too, calls are much of its time. The
+arithmetic is that of `OuroDecoderLayer` (Ouro section 4.1), to the rounding of sums. Three things differ: the
+projections that share an input (q, k, v; gate, up) are one product, q and k are turned together, and no module is
+called: one that has a hook, an adapter or another forward is served by the layers themselves, and so are gradients,
+other devices and other attention backends.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from looplm.model.layers import OuroAttention, OuroDecoderLayer, OuroMLP, OuroRMSNorm, wide_dtype
-from looplm.model.projections import OuroLinear, bound_by_memory, product, side_by_side
+from looplm.model.projections import OuroLinear, product, runs_plainly, side_by_side
 
 FewMemory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]]
 """As `Memory`; or the keys and values of each row by itself, (1, H_kv, S_row, D_h), all of which it sees."""
@@ -62,11 +63,11 @@ def gather(layers: Iterable[nn.Module], hidden: Tensor) -> Sequence[FewRows] | N
 
 
 def _serves(layer: OuroDecoderLayer, hidden: Tensor) -> bool:
-    """One position a row, few rows, on a CPU, without gradients: what the layers of a stack have in common."""
+    """One position a row, on a CPU, without gradients: what the layers of a stack have in common."""
     config = layer.self_attn.config
     if hidden.shape[1] != 1 or config._attn_implementation != "sdpa" or config.qk_norm or config.qkv_bias:
         return False
-    return not layer.training and bound_by_memory(hidden, layer.self_attn.o_proj.weight)
+    return not layer.training and runs_plainly(hidden, layer.self_attn.o_proj.weight)
 
 
 def _parts(layer: OuroDecoderLayer) -> list[nn.Module | None]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 FEW_ROWS = 16
 """Rows up to which a product with a weight is bound by reading the weight, on CPUs."""
@@ -30,10 +31,14 @@ class OuroLinear(nn.Linear):
 
 def bound_by_memory(x: Tensor, weight: Tensor) -> bool:
     """Few rows, on a CPU, without gradients: the time is that of reading the weight."""
+    return 1 <= x.numel() // x.shape[-1] <= FEW_ROWS and runs_plainly(x, weight)
+
+
+def runs_plainly(x: Tensor, weight: Tensor) -> bool:
+    """On a CPU, in one dtype, without gradients, autocast or a compiler that looks on."""
     return (
         not torch.is_grad_enabled()
         and weight.is_cpu
-        and 1 <= x.numel() // x.shape[-1] <= FEW_ROWS
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -41,13 +46,15 @@ def bound_by_memory(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of few rows: a matrix-vector product, or W x^T: 1.3 to 1.6 times the bandwidth of x W^T in bf16.
+    """x W^T; of few rows as a matrix-vector product, or W x^T: 1.3 to 1.6 times the bandwidth of x W^T in bf16.
 
-    The result is turned back into rows for real: on strided heads attention falls back to its slow kernel.
+    That result is turned back into rows for real: on strided heads attention falls back to its slow kernel.
     """
     rows = x.numel() // x.shape[-1]
     if rows == 1:
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    if rows > FEW_ROWS:
+        return linear(x, weight)
     return torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 

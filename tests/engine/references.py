@@ -72,7 +72,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
 def blocks_are_free(engine: Engine) -> None:
     """Nothing is left behind."""
     assert not engine.busy and not engine.live and engine.pool.pages_in_use == 0
-    assert not engine.runner.cohorts and engine.runner.prefill is None
+    assert not engine.runner.flight.sequences and engine.runner.prefill is None
     assert (engine.pool.tables == 0).all() and (engine.pool.edge_tables == 0).all()
     free = [*engine.pool._free] + [page for block in engine.pool._idle.values() for page in block.pages]
     assert sorted(free) == list(range(2, engine.pool.core.shape[1]))

@@ -7,7 +7,7 @@ import torch
 from checks import ADAPTIVE, LOOPS, RULES, limited
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from references import asking, blocks_are_free, check, check_oracle
+from references import asking, blocks_are_free, check, check_oracle, close
 from tiny import tiny_model, tokens
 
 from looplm.engine import Engine, SamplingParams
@@ -183,12 +183,12 @@ def test_what_parts_prefixes() -> None:
     model, prompt = tiny_model(), tokens(20, seed=3).tolist()
     cached = [
         (asking(), 0),
-        (asking(exit_threshold=0.3), 16),
-        (asking(temperature=1.0, seed=3), 16),
+        (asking(exit_threshold=0.3), 20),
+        (asking(temperature=1.0, seed=3), 20),
         (asking(max_loops=2), 0),
         (asking(exit_threshold=0.3, prefill="adaptive"), 0),
         (asking(exit_threshold=0.4, prefill="adaptive"), 0),
-        (asking(exit_rule=QExit(0.3), prefill="adaptive"), 16),
+        (asking(exit_rule=QExit(0.3), prefill="adaptive"), 20),
         (asking(exit_threshold=0.3, min_loops=2, prefill="adaptive"), 0),
     ]
     engine = Engine(model, kv_bytes=1 << 20)
@@ -196,6 +196,64 @@ def test_what_parts_prefixes() -> None:
     for without in ({"prefix_cache": False}, {"kv_policy": "last"}):
         engine = Engine(model, kv_bytes=1 << 20, **without)
         assert [engine.generate([prompt], asking())[0].cached_tokens for _ in range(2)] == [0, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 5, BLOCK, BLOCK + 3, 2 * BLOCK]), min_size=1, max_size=3),
+    samples=st.integers(2, 5),
+    depth=st.sampled_from([{}, {"exit_threshold": 0.5}, {"exit_rule": SampledExit(3)}, {"max_loops": 2}]),
+    prefill=st.sampled_from(["full", "adaptive"]),
+    most=st.integers(1, 6),
+    rows=st.integers(1, 8),
+    chunk=st.sampled_from([7, 64]),
+    pages=st.sampled_from([4 * 4, 99]),
+)
+def test_samples_of_a_prompt_that_is_run_once(lengths, samples, depth, prefill, most, rows, chunk, pages) -> None:
+    """Copied ends of prompts change nothing: against an engine that runs every prompt by itself."""
+    prefill = prefill if depth.keys() & {"exit_threshold", "exit_rule"} else "full"
+    model, prompts = tiny_model(), [tokens(n, seed=n).tolist() for n in lengths]
+    params = SamplingParams(
+        max_tokens=most, temperature=1.0, seed=5, n=samples, logprobs=2, prefill=prefill, ignore_eos=True, **depth
+    )
+    made = [
+        Engine(model, kv_bytes=(pages + 2) * PAGE, max_rows=rows, chunk_tokens=chunk, prefix_cache=cache)
+        for cache in (True, False)
+    ]
+    shared, alone = (engine.generate(prompts, params) for engine in made)
+    for one, other in zip(shared, alone, strict=True):
+        assert (one.token_ids, one.exit_depths, one.error) == (other.token_ids, other.exit_depths, None)
+        assert one.position_depths == other.position_depths
+        close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
+        for name in ("exit_log_probabilities", "log_survival"):
+            for left, right in zip(getattr(one, name), getattr(other, name), strict=True):
+                close(torch.tensor(left), torch.tensor(right), 1e-5)
+    for engine in made:
+        blocks_are_free(engine)
+
+
+def test_what_the_prompt_is_run_once_for() -> None:
+    """One row a prompt, whoever ends first; requests that come later need no pass for it either."""
+    model, prompt = tiny_model(), tokens(BLOCK + 5, seed=1).tolist()
+    rows: list[tuple[int, int]] = []
+    model.model.layers[0].register_forward_hook(lambda _, inputs, __: rows.append(tuple(inputs[0].shape[:2])))
+    engine = Engine(model, kv_bytes=1 << 20, max_rows=3)
+    first = engine.generate([prompt], SamplingParams(max_tokens=1, n=7))
+    assert rows == [(1, BLOCK + 5)] * 3 and [c.cached_tokens for c in first] == [0] + [BLOCK + 5] * 6
+    later = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=1.0, seed=1))
+    assert len(rows) == 3 and later[0].cached_tokens == BLOCK + 5
+    blocks_are_free(engine)
+
+
+@pytest.mark.parametrize("length", [BLOCK - 2, 2 * BLOCK])
+def test_the_end_of_a_prompt_gives_way_to_the_prompt_itself(length: int) -> None:
+    """A pool that holds one such request and nothing beside it."""
+    model, prompt = tiny_model(), tokens(length, seed=1).tolist()
+    pages = -(-length // BLOCK) * LOOPS
+    engine = Engine(model, kv_bytes=(pages + 2) * PAGE)
+    found = engine.generate([prompt] * 3, SamplingParams(max_tokens=1))
+    assert [c.finish_reason for c in found] == ["length"] * 3 and len({c.token_ids[0] for c in found}) == 1
+    blocks_are_free(engine)
 
 
 def test_the_recorded_depths_replay() -> None:

@@ -1,4 +1,4 @@
-"""A layer over one position of a few rows: equal to the layer itself, and used where nothing has been put around it."""
+"""A layer over one position a row: equal to the layer itself, and used where nothing has been put around it."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def layer_of(**fields: object) -> OuroDecoderLayer:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, FEW_ROWS),
+    rows=st.integers(1, FEW_ROWS + 4),
     past=st.integers(0, 5),
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 2)]),
     sandwich=st.booleans(),
@@ -72,12 +72,12 @@ def test_the_norm_by_hand() -> None:
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("positions", [1, 2])
-def test_it_serves_one_position_of_few_rows(rows: int, positions: int) -> None:
+def test_it_serves_one_position_a_row(rows: int, positions: int) -> None:
     layer = layer_of()
     hidden = torch.zeros(rows, positions, layer.self_attn.config.hidden_size)
     with torch.no_grad():
         served = few_rows.gather([layer], hidden) is not None
-    assert served == (rows <= FEW_ROWS and positions == 1)
+    assert served == (positions == 1)
     assert few_rows.gather([layer], hidden) is None  # gradients
 
 

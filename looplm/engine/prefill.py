@@ -1,8 +1,7 @@
-"""What is in flight in the stack: tokens that started loop 1 in the same tick, and prompt chunks.
+"""Prompt chunks in flight: padded side by side, all in the same loop, judged by one `ExitTracker`.
 
-All members of a group are in the same loop, so one `ExitTracker` judges them: the rules, limits and records are those
-of `generate`. Decoding rows leave a cohort one by one and the state is compacted; positions of a chunk stop one by one
-and are frozen (their slots in deeper loops are filled, and not written any more) until the whole group is through.
+Positions of a chunk stop one by one and are frozen (their slots in deeper loops are filled, and not written any more)
+until the whole group is through.
 """
 
 from __future__ import annotations
@@ -22,59 +21,6 @@ from looplm.exit_tracker import ExitTracker
 from looplm.model.stack import OuroModel
 
 Look = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Cohort:
-    """R sequences with one new token each, in flight between loops.
-
-    Attributes:
-        state: (R, D) after `loop` loops; `core_input` (R, D) what went into the first.
-        places: (R,) the rows' places in the tracker.
-        finite: (R,) bool, whether all gate logits so far were finite.
-    """
-
-    sequences: list[Sequence]
-    tracker: ExitTracker
-    state: Tensor
-    core_input: Tensor
-    places: Tensor
-    finite: Tensor
-    loop: int = 0
-
-    @classmethod
-    def start(cls, core: OuroModel, pool: KVPool, sequences: list[Sequence]) -> Cohort:
-        """The newest token of each sequence before loop 1, behind the prelude where there is one."""
-        device = core.embed_tokens.weight.device
-        numbers = [(s.new[-1], s.slot, s.filled, s.options.min_loops, s.loops) for s in sequences]
-        ids, slots, positions, least, most = torch.tensor(numbers, device=device).unbind(1)
-        state = core.embed_tokens(ids)[:, None]
-        if core.config.num_prelude_layers:
-            ones = torch.ones_like(slots)
-            context = PagedPass.over(core, pool, slots, ones, positions[:, None], ones[:, None] > 0)
-            context.adaptation = Adaptation.of([s.adapter for s in sequences], device)
-            state = core.begin(context, state)
-        rows = torch.arange(len(sequences), device=device)
-        rule = merge([s.rule() for s in sequences], device)
-        tracker = ExitTracker(rule, rows, positions, least, most, pool.num_loops)
-        return cls(list(sequences), tracker, state[:, 0], state[:, 0], rows, rows >= 0)
-
-    def advance(self, state: Tensor, gate: Tensor, look: Look) -> Tensor:
-        """A loop was run: (R, D) and gate logits (R,). Gives (R,) bool, the rows that leave; see `keep`."""
-        self.loop, self.state, self.finite = self.loop + 1, state, self.finite & gate.isfinite()
-        return self.tracker.step(self.loop, gate, state, look)
-
-    def keep(self, stays: Tensor) -> None:
-        """Go on with some rows, (R,) bool; the tracker knows."""
-        self.sequences = [s for s, stay in zip(self.sequences, stays.tolist(), strict=True) if stay]
-        self.state, self.core_input = self.state[stays], self.core_input[stays]
-        self.places, self.finite = self.places[stays], self.finite[stays]
-
-    def drop(self, sequence: Sequence) -> None:
-        """Take a sequence out in mid-flight."""
-        gone = torch.tensor([s is sequence for s in self.sequences], device=self.state.device)
-        self.tracker.drop(gone)
-        self.keep(~gone)
 
 
 @dataclass(frozen=True)
@@ -139,11 +85,6 @@ class Prefill:
     def over(self) -> bool:
         """Whether no position loops any more."""
         return not len(self.tracker.active)
-
-    def pass_at(self, pool: KVPool, loop: int) -> PagedPass:
-        """The pass of a loop: its pages, and only positions that still loop are written."""
-        table = pool.tables[self.slots, loop - 1, : self.context.looped.table.shape[1]]
-        return self.context.writing(table, self.active)
 
     def advance(self, pool: KVPool, state: Tensor, gate: Tensor, look: Look) -> None:
         """A loop was run: (B, S, D) and (B, S); freeze what stops here and fill its slots in deeper loops."""
