@@ -51,7 +51,10 @@ def _slim(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(row: dict[str, Any], side: dict[str, Any]) -> float | None:
-    """The outcome that a side of a contrast reads."""
+    """What a side of a contrast reads: an outcome, or how the loss rises beyond the best number of loops."""
+    if "rise" in side:
+        losses = row["losses"][side["rise"]]
+        return float(losses[-1] - min(losses))
     if side.get("calibrated"):
         return None if row["calibrated"] is None else row["calibrated"]["outcome"]
     return (row["by_loops"][str(side["loops"])] if "loops" in side else row["own"])["outcome"]
@@ -84,18 +87,22 @@ def _figures(rules: dict[str, Any], rows: Rows, results: Path) -> None:
     write_text(results / "outcome.svg", dot_chart(outcome, "Held-out problems answered rightly", "share"))
     write_text(results / "loops.svg", dot_chart(loops, "Mean loops of a generated token", "loops"))
     sweep: dict[str, dict[float, list[float]]] = {}
+    losses: dict[str, dict[float, list[float]]] = {}
     for (arm, _), row in rows.items():
-        for name, part in (("before SFT", row.get("base")), (arm, row["by_loops"])):
-            if part and arm in ("sft", "fixed 4", "sampled"):
-                for at, measured in part.items():
-                    sweep.setdefault(name, {}).setdefault(float(at), []).append(measured["outcome"])
+        if arm in ("sft", "fixed 4", "sampled"):
+            for at, measured in row["by_loops"].items():
+                sweep.setdefault(arm, {}).setdefault(float(at), []).append(measured["outcome"])
+        for when, each in row.get("losses", {}).items():
+            for loop, loss in enumerate(each, start=1):
+                losses.setdefault(f"{when} SFT", {}).setdefault(float(loop), []).append(loss)
     write_text(results / "sweep.svg", line_chart(sweep, "Outcome by loops at inference", "loops", "share"))
+    write_text(results / "losses.svg", line_chart(losses, "Loss on held-out answers by loops", "loops", "nats"))
 
 
 def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> list[str]:
     lines = ["# Reinforcement learning with depths", "", "```bash"]
     lines += [line.strip() for line in (_command() or "").splitlines()] + ["```", ""]
-    lines += ["![outcome](rl/outcome.svg)", "![loops](rl/loops.svg)", "![sweep](rl/sweep.svg)", ""]
+    lines += [*(f"![{name}](rl/{name}.svg)" for name in ("outcome", "loops", "sweep", "losses")), ""]
     lines += ["| arm | rate | outcome, every seed | mean | mean loops | tokens | learner - rollout | ignoring depths |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for arm in ("sft", *rules["arms"]):
@@ -135,5 +142,7 @@ def _line(arm: str, mine: list[dict[str, Any]]) -> str:
 
 
 def _side(side: dict[str, Any]) -> str:
+    if "rise" in side:
+        return f"rise of the loss {side['rise']} SFT"
     at = f" at {side['loops']} loops" if "loops" in side else ", calibrated exits" if side.get("calibrated") else ""
     return side["arm"] + at

@@ -120,13 +120,11 @@ def _sft(run: Run, folder: Path) -> dict[str, Any]:
     from looplm.tuning.sft import tune
 
     recipe = load_sft_recipe(run["rules"]["sft"])
-    tune(recipe.model_copy(update={"seed": run["seed"], "output": str(folder)}))
+    tuned = tune(recipe.model_copy(update={"seed": run["seed"], "output": str(folder)}))
     grpo = load_grpo_recipe(run["rules"]["grpo"])
-    row = {"own": _measured(folder / "model", grpo), "by_loops": {}, "base": {}}
-    for loops in run["rules"]["loops"]:
-        row["by_loops"][str(loops)] = _measured(folder / "model", grpo, loops)
-        row["base"][str(loops)] = _measured(Path(recipe.model), grpo, loops)
-    return row
+    by_loops = {str(loops): _measured(folder / "model", grpo, loops) for loops in run["rules"]["loops"]}
+    losses = {when: tuned[when]["losses"] for when in ("before", "after")}
+    return {"own": _measured(folder / "model", grpo), "by_loops": by_loops, "losses": losses}
 
 
 def _grpo(run: Run, folder: Path) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def _write_rows(root: Path) -> None:
             value = outcome + 0.01 * number
             row = {"arm": arm, "seed": seed, "own": _measured(value), "agreement": {"token_difference": 1e-5}}
             row["by_loops"] = {str(loops): _measured(value - 0.01 * loops) for loops in RULES["loops"]}
+            if arm == "sft":
+                row["losses"] = {"before": [1.4, 1.3, 1.35], "after": [0.9, 0.5 + 0.01 * number, 0.8]}
             (folder / "row.json").write_text(json.dumps(row))
 
 
@@ -59,9 +61,10 @@ def test_the_report_says_what_the_rows_say(tmp_path, scripts):
     assert verdicts[2]["mean"] == pytest.approx(0.2) and verdicts[2]["verdict"] == "holds"
     assert verdicts[4]["mean"] == pytest.approx(-0.3) and verdicts[4]["verdict"] == "does not hold"
     assert len(verdicts[2]["differences"]) == len(RULES["seeds"])
+    assert verdicts[5]["differences"] == pytest.approx([0.25 - 0.01 * n for n in range(len(RULES["seeds"]))])
     page = (tmp_path / "rl.md").read_text()
     assert "| 2 | fixed 4 above sft | +0.200 +0.200" in page and "1.0e-05" in page
-    for figure in ("outcome", "loops", "sweep"):
+    for figure in ("outcome", "loops", "sweep", "losses"):
         assert (tmp_path / "rl" / f"{figure}.svg").read_text().startswith("<svg")
     rows = json.loads((tmp_path / "rl" / "rows.json").read_text())
     assert "outcomes" not in rows[0]["own"] and rows[0]["own"]["outcome"] == 0.3
