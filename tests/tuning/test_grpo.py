@@ -76,7 +76,7 @@ def test_every_mode_runs_and_learner_and_rollout_agree(tmp_path, base, name):
     assert reinforce(recipe) == report  # finished: nothing is done again
 
 
-@pytest.mark.parametrize("depth", [{"mode": "fixed"}, {"mode": "sampled", "cost": 0.3}])
+@pytest.mark.parametrize("depth", [{"mode": "fixed"}, {"mode": "sampled", "cost": 1.0}])
 def test_what_is_rewarded_is_learnt(tmp_path, base, depth):
     recipe = grpo_recipe(tmp_path, base, depth=depth, steps=12, prompts=8, samples=8, checkpoints={"every_steps": 50})
     report = reinforce(recipe)
