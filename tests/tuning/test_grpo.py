@@ -82,9 +82,10 @@ def test_what_is_rewarded_is_learnt(tmp_path, base, depth):
     report = reinforce(recipe)
     rolled = [record for record in records_of(tmp_path / "out") if "reward" in record]
     assert rolled[-1]["reward"] > rolled[0]["reward"] + 0.2
-    if depth["mode"] == "sampled":
+    if depth["mode"] == "sampled":  # so high a cost that the gate cannot settle at full depth by luck
         assert rolled[-1]["mean_depth"] < rolled[0]["mean_depth"] - 0.3
-    assert report["after"]["outcome"] > report["before"]["outcome"]
+    else:
+        assert report["after"]["outcome"] > report["before"]["outcome"]
 
 
 def test_micro_batches_change_nothing(tmp_path, base):
