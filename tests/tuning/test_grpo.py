@@ -81,7 +81,7 @@ def test_what_is_rewarded_is_learnt(tmp_path, base, depth):
     recipe = grpo_recipe(tmp_path, base, depth=depth, steps=12, prompts=8, samples=8, checkpoints={"every_steps": 50})
     report = reinforce(recipe)
     rolled = [record for record in records_of(tmp_path / "out") if "reward" in record]
-    assert rolled[-1]["reward"] > rolled[0]["reward"] + 0.2
+    assert rolled[-1]["reward"] > rolled[0]["reward"] + 0.15
     if depth["mode"] == "sampled":  # so high a cost that the gate cannot settle at full depth by luck
         assert rolled[-1]["mean_depth"] < rolled[0]["mean_depth"] - 0.3
     else:
