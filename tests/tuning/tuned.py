@@ -50,7 +50,7 @@ def sft_values(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": str(base),
         "output": str(folder / "out"),
-        "seed": 3,
+        "seed": 5,
         "data": {"sources": {"sums": {"location": str(chats), "messages_field": "messages"}}, "validation_every": 5},
         "steps": 6,
         "sequence_length": 256,
