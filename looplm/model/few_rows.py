@@ -10,6 +10,7 @@ other devices and other attention backends.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
@@ -149,5 +150,12 @@ def _unit(x: Tensor, eps: float) -> Tensor:
     if x.shape[0] == 1:
         norm = cast(float, torch.linalg.vector_norm(x, dtype=wide).item())
         return x * (norm * norm / x.shape[1] + eps) ** -0.5
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return (x * norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
+    rows = x.to(wide)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return (rows * torch.addcmul(_number(eps, wide), norms, norms, value=1 / x.shape[1]).rsqrt_()).to(x.dtype)
+
+
+@cache
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number for ops that take tensors only; making one costs as much as such an op."""
+    return torch.tensor(value, dtype=dtype)
