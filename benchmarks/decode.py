@@ -41,13 +41,14 @@ def main() -> None:
     if options.full:
         shapes["1.4B (2048 x 24)"] = (2048, 24)
     for name, (width, layers) in shapes.items():
-        model = _model(width, layers)
+        model = shaped_model(width, layers)
         print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters")
         _full_depth(model, options)
         _early_exit(model, options)
 
 
-def _model(width, layers):  # type: ignore[no-untyped-def]
+def shaped_model(width, layers, **fields):  # type: ignore[no-untyped-def]
+    """Random bf16 weights, 4 loops, vocabulary 49,152; `fields` of the configuration beside these."""
     import torch
 
     from looplm import OuroConfig, OuroForCausalLM
@@ -59,6 +60,7 @@ def _model(width, layers):  # type: ignore[no-untyped-def]
         num_hidden_layers=layers,
         num_attention_heads=width // 128,
         initializer_range=width**-0.5,
+        **fields,
     )
     return OuroForCausalLM(config).bfloat16().eval()
 

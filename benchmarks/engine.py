@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from serving import PROMPT, Window, bytes_a_token, head_seconds, plain_seconds, read_bandwidth, serve, shaped_model
+from serving import PROMPT, Window, bytes_a_token, gated_model, head_seconds, plain_seconds, read_bandwidth, serve
 from start import first_token
 
 from looplm import Engine, OuroForCausalLM, SamplingParams
@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console, numbers = Console(stderr=True), []
     for shape in options.shapes:
-        model = shaped_model(*SHAPES[shape])
+        model = gated_model(*SHAPES[shape])
         parts: dict[str, Callable[[], list[Number]]] = {
             "full depth and drawn exits": partial(throughput, model, shape, options.turns, options.tokens),
             "sharing the head": partial(share_head, model, shape, options.turns, options.tokens),

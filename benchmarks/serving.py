@@ -13,10 +13,10 @@ from functools import partial
 from itertools import chain
 
 import torch
-from decode import plain_decode
+from decode import plain_decode, shaped_model
 from torch import Tensor
 
-from looplm import Engine, OuroConfig, OuroForCausalLM, SamplingParams
+from looplm import Engine, OuroForCausalLM, SamplingParams
 from looplm.engine.kv_pool import KVPool
 from looplm.engine.paged_pass import PagedPass
 from looplm.engine.runner import Note, Runner
@@ -28,18 +28,9 @@ HAZARD = 0.4
 PROMPT = 16
 
 
-def shaped_model(width: int, layers: int) -> OuroForCausalLM:
-    """Random bf16 weights, 4 loops, vocabulary 49,152, and a gate that says HAZARD whatever it reads."""
-    torch.manual_seed(0)
-    config = OuroConfig(
-        hidden_size=width,
-        intermediate_size=int(width * 2.75),
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128,
-        initializer_range=width**-0.5,
-        max_position_embeddings=1024,
-    )
-    model = OuroForCausalLM(config).bfloat16().eval()
+def gated_model(width: int, layers: int) -> OuroForCausalLM:
+    """A model of a shape whose gate says HAZARD whatever it reads."""
+    model: OuroForCausalLM = shaped_model(width, layers, max_position_embeddings=1024)
     with torch.no_grad():
         model.model.early_exit_gate.weight.zero_()
         model.model.early_exit_gate.bias.fill_(math.log(HAZARD / (1 - HAZARD)))

@@ -1,15 +1,17 @@
 """What the engine must equal: `generate` on each prompt alone, and the oracle; tokens, depths, logits, exit numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from checks import FULL
+from hypothesis import event
 from oracle import Look, slow_generate
 from torch import Tensor
 
 from looplm.engine import Completion, Engine, SamplingParams
+from looplm.engine.sequence import Sequence
 from looplm.model.modeling import OuroForCausalLM
 
 VOCABULARY = 64
@@ -76,3 +78,28 @@ def blocks_are_free(engine: Engine) -> None:
     assert (engine.pool.tables == 0).all() and (engine.pool.edge_tables == 0).all()
     free = [*engine.pool._free] + [page for block in engine.pool._idle.values() for page in block.pages]
     assert sorted(free) == list(range(2, engine.pool.core.shape[1]))
+
+
+def play(
+    engine: Engine, work: Iterable[tuple[list[int], SamplingParams, int]], waits: list[int], interrupted: dict[int, int]
+) -> list[Sequence]:
+    """Run requests (prompt, params, priority) to their ends; gives the sequences in order of arrival.
+
+    Args:
+        waits: ticks after each arrival.
+        interrupted: at so many ticks, which of those that run is preempted.
+    """
+    seen: list[Sequence] = []
+    for (prompt, params, priority), wait in zip(work, waits, strict=False):
+        seen += engine.prepare(prompt, params, priority)
+        engine.submit(seen[-1:])
+        for _ in range(wait):
+            engine.step()
+    while engine.busy:
+        engine.step()
+        running = engine.scheduler.running
+        if engine.ticks in interrupted and running:
+            victim = running[interrupted[engine.ticks] % len(running)]
+            event(f"preempted while {'reading its prompt' if victim.prefilling else 'decoding'}")
+            engine.scheduler.preempt(victim)
+    return seen

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from checks import ADAPTIVE
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from references import asking, blocks_are_free, check, close, table
+from references import asking, blocks_are_free, check, close, play, table
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tokens
 
@@ -111,19 +111,12 @@ def test_any_schedule_gives_what_the_merged_models_give(made, work, policy, rows
     engine = Engine(
         tiny_model(), kv_policy=policy, kv_bytes=1 << 19, max_rows=rows, chunk_tokens=chunk, adapters=folders
     )
-    start, seen = tokens(33, seed=1).tolist(), []
-    for (shared, own, name, count, depth), wait in zip(work, waits, strict=False):
-        seen += engine.prepare(start[:shared] + own, asking(max_tokens=count, adapter=name, **depth))
-        engine.submit(seen[-1:])
-        for _ in range(wait):
-            engine.step()
-    while engine.busy:
-        engine.step()
-        running = engine.scheduler.running
-        if engine.ticks in interrupted and running:
-            victim = running[interrupted[engine.ticks] % len(running)]
-            event(f"preempted while {'reading its prompt' if victim.prefilling else 'decoding'}")
-            engine.scheduler.preempt(victim)
+    start = tokens(33, seed=1).tolist()
+    asked = (
+        (start[:shared] + own, asking(max_tokens=count, adapter=name, **depth), 0)
+        for shared, own, name, count, depth in work
+    )
+    seen = play(engine, asked, waits, interrupted)
     for sequence in seen:
         check(models[sequence.params.adapter], sequence.completion(), policy)(sequence.params)
     blocks_are_free(engine)

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from checks import ADAPTIVE, LOOPS, RULES, limited
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import asking, blocks_are_free, check, check_oracle, close
+from references import asking, blocks_are_free, check, check_oracle, close, play
 from tiny import tiny_model, tokens
 
 from looplm.engine import Engine, SamplingParams
@@ -99,21 +99,11 @@ def test_any_schedule_gives_what_generate_gives(
     interrupted: dict[int, int],
 ) -> None:
     """Ragged prompts, mixed rules and limits, arrivals at any time, interruptions, shared prefixes, any chunk size."""
-    model, seen = MODEL, []
+    model = MODEL
     pages = 3 * max(-(-(len(prompt) + params.max_tokens) // BLOCK) for prompt, params in work) + spare
     engine = Engine(model, kv_policy=policy, kv_bytes=(pages + 4) * PAGE, max_rows=rows, chunk_tokens=chunk)
-    for (prompt, params), wait, priority in zip(work, waits, priorities, strict=False):
-        seen += engine.prepare(prompt, params, priority)
-        engine.submit(seen[-1:])
-        for _ in range(wait):
-            engine.step()
-    while engine.busy:
-        engine.step()
-        running = engine.scheduler.running
-        if engine.ticks in interrupted and running:
-            victim = running[interrupted[engine.ticks] % len(running)]
-            event(f"preempted while {'reading its prompt' if victim.prefilling else 'decoding'}")
-            engine.scheduler.preempt(victim)
+    asked = ((prompt, params, priority) for (prompt, params), priority in zip(work, priorities, strict=False))
+    seen = play(engine, asked, waits, interrupted)
     for sequence in seen:
         check(model, sequence.completion(), policy)(sequence.params)
     blocks_are_free(engine)
