@@ -93,7 +93,8 @@ def serve(
         in_step: whether full-depth rows wait for each other once, as the scheduler lets them.
     """
     loops, prompts = model.config.total_ut_steps, torch.randint(3, model.config.vocab_size, (rows, PROMPT))
-    engine = Engine(model, kv_bytes=2 << 30, max_rows=rows, prefix_cache=False)
+    engine = Engine(model, kv_bytes=512 << 20, max_rows=rows, prefix_cache=False)
+    engine.pool.core.zero_()  # memory is slow when it is first written, which an engine at work no longer sees
     if hold is not None:
         engine.runner = engine.scheduler.runner = Holding(model, engine.pool, *hold)
     if not in_step:

@@ -46,7 +46,8 @@ def _write_rows(root: Path) -> None:
             folder = root / f"{arm.replace(' ', '-')}-{seed}"
             folder.mkdir(parents=True)
             value = outcome + 0.01 * number
-            row = {"arm": arm, "seed": seed, "own": _measured(value), "agreement": {"token_difference": 1e-5}}
+            row = {"arm": arm, "seed": seed, "own": _measured(value), "agreement": {"token_difference": 1e-5 * seed}}
+            row["ignoring_depths"] = None if arm == "fixed 4" else {"mean": 0.1, "largest": seed, "outside_clip": 0.25}
             row["by_loops"] = {str(loops): _measured(value - 0.01 * loops) for loops in RULES["loops"]}
             if arm == "sft":
                 row["losses"] = {"before": [1.4, 1.3, 1.35], "after": [0.9, 0.5 + 0.01 * number, 0.8]}
@@ -63,7 +64,12 @@ def test_the_report_says_what_the_rows_say(tmp_path, scripts):
     assert len(verdicts[2]["differences"]) == len(RULES["seeds"])
     assert verdicts[5]["differences"] == pytest.approx([0.25 - 0.01 * n for n in range(len(RULES["seeds"]))])
     page = (tmp_path / "rl.md").read_text()
-    assert "| 2 | fixed 4 above sft | +0.200 +0.200" in page and "1.0e-05" in page
+    assert "| fixed 4 above sft | +0.200 +0.200" in page
+    largest = max(RULES["seeds"])
+    assert f"| fixed 4 | {1e-5 * largest:.1e} |  |" in page
+    assert f"| per-loop | {1e-5 * largest:.1e} | 0.100, {largest:.2f} nats, 25.0% |" in page
+    for question in range(1, 7):
+        assert f"## {question}. " in page
     for figure in ("outcome", "loops", "sweep", "losses"):
         assert (tmp_path / "rl" / f"{figure}.svg").read_text().startswith("<svg")
     rows = json.loads((tmp_path / "rl" / "rows.json").read_text())
