@@ -122,6 +122,9 @@ def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> 
     lines += ["| arm | rate | outcome, every seed | mean | mean loops | tokens |", "|---|---|---|---|---|---|"]
     arms = {arm: [rows[arm, s] for s in rules["seeds"] if (arm, s) in rows] for arm in ("sft", *rules["arms"])}
     lines += [_line(arm, mine) for arm, mine in arms.items() if mine]
+    lines += ["", "All positions at a fixed number of loops, mean over seeds:", ""]
+    lines += ["| arm | " + " | ".join(map(str, rules["loops"])) + " |", "|---" * (1 + len(rules["loops"])) + "|"]
+    lines += [_swept(arm, mine, rules["loops"]) for arm, mine in arms.items() if mine]
     lines += ["", "## 1. Log-probabilities of the same tokens and exits, learner against rollout", ""]
     lines += ["| arm | largest difference | where the learner ignores the depths: mean, largest, outside the clip |"]
     lines += ["|---|---|---|", *(_agreement(arm, mine) for arm, mine in arms.items() if mine and arm != "sft")]
@@ -147,6 +150,11 @@ def _line(arm: str, mine: list[dict[str, Any]]) -> str:
         f"{statistics.fmean(row['own']['length'] for row in mine):.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _swept(arm: str, mine: list[dict[str, Any]], loops: list[int]) -> str:
+    means = (statistics.fmean(row["by_loops"][str(at)]["outcome"] for row in mine) for at in loops)
+    return f"| {arm} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
 
 
 def _agreement(arm: str, mine: list[dict[str, Any]]) -> str:

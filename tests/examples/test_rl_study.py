@@ -65,6 +65,7 @@ def test_the_report_says_what_the_rows_say(tmp_path, scripts):
     assert verdicts[5]["differences"] == pytest.approx([0.25 - 0.01 * n for n in range(len(RULES["seeds"]))])
     page = (tmp_path / "rl.md").read_text()
     assert "| fixed 4 above sft | +0.200 +0.200" in page
+    assert "| fixed 4 | 0.510 | 0.500 |" in page  # .5 less .01 a loop, and .02 on average by seed
     largest = max(RULES["seeds"])
     assert f"| fixed 4 | {1e-5 * largest:.1e} |  |" in page
     assert f"| per-loop | {1e-5 * largest:.1e} | 0.100, {largest:.2f} nats, 25.0% |" in page
