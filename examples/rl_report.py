@@ -122,6 +122,7 @@ def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> 
     lines += ["| arm | rate | outcome, every seed | mean | mean loops | tokens |", "|---|---|---|---|---|---|"]
     arms = {arm: [rows[arm, s] for s in rules["seeds"] if (arm, s) in rows] for arm in ("sft", *rules["arms"])}
     lines += [_line(arm, mine) for arm, mine in arms.items() if mine]
+    lines += [_line(f"{arm}, calibrated", found) for arm, mine in arms.items() if (found := _calibrated(mine))]
     lines += ["", "All positions at a fixed number of loops, mean over seeds:", ""]
     lines += ["| arm | " + " | ".join(map(str, rules["loops"])) + " |", "|---" * (1 + len(rules["loops"])) + "|"]
     lines += [_swept(arm, mine, rules["loops"]) for arm, mine in arms.items() if mine]
@@ -137,6 +138,11 @@ def _page(rules: dict[str, Any], rows: Rows, verdicts: list[dict[str, Any]]) -> 
 
 def _command() -> str:
     return "\n".join(line for line in (rl_study.__doc__ or "").splitlines() if line.startswith("    "))
+
+
+def _calibrated(mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with what the paper's rule makes of these models, where that was measured."""
+    return [{**row, "own": row["calibrated"]} for row in mine if row["calibrated"] is not None]
 
 
 def _line(arm: str, mine: list[dict[str, Any]]) -> str:

@@ -52,6 +52,8 @@ def _write_rows(root: Path) -> None:
             if arm == "sft":
                 row["losses"] = {"before": [1.4, 1.3, 1.35], "after": [0.9, 0.5 + 0.01 * number, 0.8]}
             (folder / "row.json").write_text(json.dumps(row))
+            if arm == "fixed 4":
+                (folder / "calibrated.json").write_text(json.dumps({"threshold": 0.5, **_measured(value - 0.1)}))
 
 
 def test_the_report_says_what_the_rows_say(tmp_path, scripts):
@@ -66,6 +68,7 @@ def test_the_report_says_what_the_rows_say(tmp_path, scripts):
     page = (tmp_path / "rl.md").read_text()
     assert "| fixed 4 above sft | +0.200 +0.200" in page
     assert "| fixed 4 | 0.510 | 0.500 |" in page  # .5 less .01 a loop, and .02 on average by seed
+    assert "| fixed 4, calibrated |  | 0.400 0.410 0.420 0.430 0.440 | 0.420 | 2.50 | 9.0 |" in page
     largest = max(RULES["seeds"])
     assert f"| fixed 4 | {1e-5 * largest:.1e} |  |" in page
     assert f"| per-loop | {1e-5 * largest:.1e} | 0.100, {largest:.2f} nats, 25.0% |" in page
