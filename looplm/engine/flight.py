@@ -79,7 +79,7 @@ class Flight:
         state = core.embed_tokens(ids)
         if core.config.num_prelude_layers:
             ones = torch.ones_like(slots)
-            context = PagedPass.over(core, self._pool, slots, ones, positions[:, None], ones[:, None] > 0)
+            context = PagedPass.over(core, self._pool, slots, ones, positions[:, None])
             context.adaptation = Adaptation.of([s.adapter for s in sequences], device)
             state = core.begin(context, state[:, None])[:, 0]
         self.sequences = self.sequences + sequences

@@ -115,6 +115,8 @@ class KVPool:
         self.tables = torch.zeros(rows, num_loops, blocks, dtype=torch.int64, device=device)
         self.edge_tables = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
         self._scratch = self.core.new_empty(0, *page)
+        self._numbers = torch.arange(1, num_loops + 1, device=device)
+        self._firsts = torch.arange(len(self.core), device=device)[:, None] * (self.core.shape[1] * BLOCK)
         self._free = FreePages(2, count * loops + 2)
         self._free_edges = FreePages(2, blocks_at_once + 2)
         self._known: dict[Hashable, Block] = {}
@@ -259,12 +261,11 @@ class KVPool:
             slots, positions, depths, loops: (N,) int64: row, position, the loop it left after, and its full depth.
         """
         pages = self.tables[slots, :, positions // BLOCK] * BLOCK + (positions % BLOCK)[:, None]
-        number = torch.arange(1, self.num_loops + 1, device=pages.device)
-        beyond = (number > depths[:, None]) & (number <= loops[:, None])
-        source = pages.gather(1, depths[:, None] - 1).expand_as(pages)[beyond]
-        layers = torch.arange(len(self.core), device=pages.device)[:, None] * (self.core.shape[1] * BLOCK)
+        number = self._numbers
+        row, loop = ((number > depths[:, None]) & (number <= loops[:, None])).nonzero().unbind(1)
+        source, target = (self._firsts + pages[row, at] for at in (depths[row] - 1, loop))
         flat = self.core.flatten(0, 2).flatten(1)
-        flat.index_copy_(0, (layers + pages[beyond]).flatten(), flat.index_select(0, (layers + source).flatten()))
+        flat.index_copy_(0, target.flatten(), flat.index_select(0, source.flatten()))
 
     def gather(self, store: Tensor, pages: Tensor) -> Tensor:
         """Pages (n,) of one layer's `store`, copied side by side: (n, BLOCK, 2, H_kv, D_h), good until the next call.

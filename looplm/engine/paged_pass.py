@@ -62,13 +62,14 @@ class Pages:
     spans: list[Span] | None
 
     @classmethod
-    def at(cls, pool: KVPool, table: Tensor, positions: Tensor, written: Tensor) -> Pages:
-        """Pages (R, n) of rows whose queries stand at `positions` (R, S); only `written` (R, S) bool are kept."""
-        block = (positions // BLOCK).clamp(max=table.shape[1] - 1)
+    def at(cls, pool: KVPool, table: Tensor, positions: Tensor, written: Tensor | None) -> Pages:
+        """Pages (R, n) of rows whose queries stand at `positions` (R, S); only `written` (R, S) bool are kept (all)."""
+        block = positions // BLOCK if written is None else (positions // BLOCK).clamp(max=table.shape[1] - 1)
         places = table.gather(1, block) * BLOCK + positions % BLOCK
         apart = positions.shape[1] == 1 and (len(table) == 1 or table.shape[1] * pool.layer_bytes > SHORT)
         spans = Span.of(table, positions[:, 0]) if apart else None
-        return cls(table, torch.where(written, places, TRASH * BLOCK).flatten(), spans)
+        kept = places if written is None else torch.where(written, places, TRASH * BLOCK)
+        return cls(table, kept.flatten(), spans)
 
     def exchange(self, key: Tensor, value: Tensor, store: Tensor, pool: KVPool, longest: int) -> tuple[Tensor, Tensor]:
         """Write (R, H_kv, S, D_h) into `store` (pages, BLOCK, 2, H_kv, D_h); give (R, H_kv, longest, D_h) to see."""
@@ -119,23 +120,30 @@ class PagedPass(PassContext):
 
     @classmethod
     def over(
-        cls, core: OuroModel, pool: KVPool, slots: Tensor, loops: Tensor, positions: Tensor, written: Tensor
+        cls,
+        core: OuroModel,
+        pool: KVPool,
+        slots: Tensor,
+        loops: Tensor,
+        positions: Tensor,
+        written: Tensor | None = None,
     ) -> PagedPass:
         """A pass over rows in the pool.
 
         Args:
             slots, loops: (R,) each row's place in the tables and the loop it runs, from 1.
             positions: (R, S) int64.
-            written: (R, S) bool; keys of the others are dropped (padding, and positions past their exit).
+            written: (R, S) bool, all by default; keys of others are dropped (padding, positions past their exit).
         """
         weight = core.embed_tokens.weight
-        longest = int(positions.max()) + 1
+        least, most = (int(end) for end in positions.aminmax())
+        longest = most + 1
         count = -(-longest // BLOCK)
         edges = core.config.num_prelude_layers + core.config.num_coda_layers
         once = Pages.at(pool, pool.edge_tables[slots, :count], positions, written) if edges else None
         return cls(
             rotary=core.rotary_emb(positions, weight.dtype),
-            mask=_mask(positions, longest, weight.dtype),
+            mask=None if least == most else _mask(positions, longest, weight.dtype),
             positions=positions,
             valid=None,
             cache=None,
@@ -187,15 +195,13 @@ class PagedPass(PassContext):
             adaptation=None if self.adaptation is None else self.adaptation.take(rows),
         )
 
-    def in_loops(self, loops: Tensor | int, written: Tensor) -> PagedPass:
-        """The same pass in other loops, (R,) or one, and fewer positions (R, S) bool that are written."""
+    def in_loops(self, loops: Tensor | int, written: Tensor | None = None) -> PagedPass:
+        """The same pass in other loops, (R,) or one; of its positions those that are `written` (R, S) bool, or all."""
         table = self.pool.tables[self.slots, loops - 1, : self.looped.table.shape[1]]
         return replace(self, looped=Pages.at(self.pool, table, self.positions, written))
 
 
-def _mask(positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None:
-    """(R, 1, S, longest), 0 where a query at `positions` (R, S) may look and -inf elsewhere; None: everywhere."""
-    if int(positions.min()) == longest - 1:
-        return None
+def _mask(positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+    """(R, 1, S, longest), 0 where a query at `positions` (R, S) may look and -inf elsewhere."""
     hidden = torch.arange(longest, device=positions.device) > positions[:, None, :, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill(hidden, -math.inf)

@@ -94,11 +94,10 @@ class Runner:
         flight, last = self.flight, self._last
         slots, loops = flight.slots, flight.loops + 1
         if last is not None and last[0] is flight.sequences:
-            context = last[1].in_loops(loops, torch.ones_like(last[1].positions, dtype=torch.bool))
+            context = last[1].in_loops(loops)
         else:
-            places = flight.positions[:, None]
-            context = PagedPass.over(self.model.model, self.pool, slots, loops, places, places >= 0)
-            context.adaptation = Adaptation.of([s.adapter for s in flight.sequences], places.device)
+            context = PagedPass.over(self.model.model, self.pool, slots, loops, flight.positions[:, None])
+            context.adaptation = Adaptation.of([s.adapter for s in flight.sequences], slots.device)
         self._last = flight.sequences, context
         return context
 
