@@ -170,7 +170,7 @@ def _agreement(arm: str, mine: list[dict[str, Any]]) -> str:
     if ignoring:
         mean, outside = (statistics.fmean(found[what] for found in ignoring) for what in ("mean", "outside_clip"))
         told = f"{mean:.3f}, {max(found['largest'] for found in ignoring):.2f} nats, {outside:.1%}"
-    return f"| {arm} | {max(away):.1e} | {told} |" if away else f"| {arm} | no ratios | {told} |"
+    return f"| {arm} | {max(away):.1e} | {told} |"
 
 
 def _contrast(entry: dict[str, Any]) -> str:

@@ -261,8 +261,8 @@ class KVPool:
             slots, positions, depths, loops: (N,) int64: row, position, the loop it left after, and its full depth.
         """
         pages = self.tables[slots, :, positions // BLOCK] * BLOCK + (positions % BLOCK)[:, None]
-        number = self._numbers
-        row, loop = ((number > depths[:, None]) & (number <= loops[:, None])).nonzero().unbind(1)
+        beyond = (self._numbers > depths[:, None]) & (self._numbers <= loops[:, None])
+        row, loop = beyond.nonzero().unbind(1)
         source, target = (self._firsts + pages[row, at] for at in (depths[row] - 1, loop))
         flat = self.core.flatten(0, 2).flatten(1)
         flat.index_copy_(0, target.flatten(), flat.index_select(0, source.flatten()))

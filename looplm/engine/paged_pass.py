@@ -63,7 +63,7 @@ class Pages:
 
     @classmethod
     def at(cls, pool: KVPool, table: Tensor, positions: Tensor, written: Tensor | None) -> Pages:
-        """Pages (R, n) of rows whose queries stand at `positions` (R, S); only `written` (R, S) bool are kept (all)."""
+        """Pages (R, n) of rows with queries at `positions` (R, S); those `written` (R, S) bool are kept, or all."""
         block = positions // BLOCK if written is None else (positions // BLOCK).clamp(max=table.shape[1] - 1)
         places = table.gather(1, block) * BLOCK + positions % BLOCK
         apart = positions.shape[1] == 1 and (len(table) == 1 or table.shape[1] * pool.layer_bytes > SHORT)

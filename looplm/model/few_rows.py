@@ -158,4 +158,4 @@ def _unit(x: Tensor, eps: float) -> Tensor:
 @cache
 def _number(value: float, dtype: torch.dtype) -> Tensor:
     """A number for ops that take tensors only; making one costs as much as such an op."""
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")
