@@ -1,7 +1,8 @@
 """The ledger of claims: what the runs say of each, judged by rules that were fixed before (`looplm.lab.claims`).
 
 A claim needs all its contrasts, so its p-value is the largest of theirs (an intersection-union test), and Holm corrects
-it over all claims of the ledger; claims not run yet count as 1. A contrast points the right way where its mean does.
+it over all claims of the ledger; claims not run yet count as 1. A difference points the right way where its whole
+interval does, no difference where its mean lies within the margin.
 
     reproduced                          the corrected p-value is at most .05
     in direction                        it is not, but every contrast points the right way
@@ -55,10 +56,10 @@ class Finding:
 
     @property
     def points(self) -> bool:
-        """Whether the mean points the way that is claimed."""
-        if self.mean is None:
+        """Whether the interval lies the way that is claimed; where no difference is, the mean within the margin."""
+        if self.mean is None or self.low is None:
             return False
-        return self.mean > 0 if self.contrast.kind == "greater" else abs(self.mean) < self.contrast.margin
+        return self.low > 0 if self.contrast.kind == "greater" else abs(self.mean) < self.contrast.margin
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def seeds(mean):
         (seeds(0.8), [0.5] * 8, "reproduced"),
         (seeds(0.55), [0.5] * 8, "in direction"),  # above 0 but not above the margin of 0.1
         (seeds(0.4), [0.5] * 8, "not reproduced"),
-        ([0.0, 1.0] * 4, [0.3] * 8, "in direction"),  # 0.2 on average, but seeds do not agree
+        ([0.5, 1.0] * 4, [0.51] * 8, "in direction"),  # 0.24 on average, but seeds do not agree
+        ([0.0, 1.0] * 4, [0.3] * 8, "not reproduced"),  # 0.2 on average, and the interval holds 0
     ],
 )
 def test_a_difference_is_judged_by_its_margin_and_its_seeds(two, one, verdict):
