@@ -24,6 +24,10 @@ def scripts(monkeypatch):
         sys.modules.pop(name)
 
 
+def test_every_question_has_its_section(scripts):
+    assert {contrast["question"] for contrast in RULES["contrasts"]} == set(scripts[1].QUESTIONS)
+
+
 def test_the_rules_hold_together():
     for settings in RULES["arms"].values():
         DepthSettings.validated(settings, "arm")
