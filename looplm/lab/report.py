@@ -51,10 +51,14 @@ def write_ledger(entries: Sequence[Entry], runs: Runs, folder: Path, command: st
 
 
 def _figure(entry: Entry, runs: Runs) -> str:
-    """The sides of the contrasts with the claim's measure, read as the contrasts read them, every seed a dot."""
+    """Every seed a dot: sides of contrasts with the claim's measure, read as there, then arms that none names."""
     claim, groups = entry.claim, {}
     if entry.rates:
         sides: list[Side] = [side for c in claim.contrasts for side in (c.left, c.right)]
+        named = {(side.arm, side.condition) for side in sides}
+        sides += [
+            Side(arm=arm, condition=condition) for arm, condition in claim.runs() if (arm, condition) not in named
+        ]
         same = [side for side in sides if side.measure in (None, claim.reading.measure)]
         groups = {side.label: [*filter(math.isfinite, values(claim, side, entry.rates, runs))] for side in same}
     return dot_chart(groups, f"{claim.number} {claim.name}", UNITS[claim.reading.measure])

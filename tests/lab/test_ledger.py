@@ -197,3 +197,12 @@ def test_the_ledger_is_written_for_people_and_for_programs(tmp_path):
     assert len(circles) == 16  # every seed is shown
     assert not (tmp_path / "claim-other.svg").exists()
     assert ledger_table(entries).row_count == 2
+
+
+def test_the_figure_shows_arms_that_no_contrast_names(tmp_path):
+    made = claim(arms={"two": {"loops": 2}, "one": {}, "three": {"loops": 3}})
+    runs = results(made, {"two": [0.9] * 8, "one": [0.5] * 8, "three": [0.7] * 8})
+    write_ledger(judge([made], runs, {"made-up": 1_000}), runs, tmp_path, "looplm lab claims")
+    drawing = ElementTree.fromstring((tmp_path / "claim-made-up.svg").read_text())
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 3 * 8
+    assert "three" in [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
