@@ -10,14 +10,15 @@ The rules of evidence that a claim cannot get round, checked when the file is re
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from looplm.lab.settings import COMPARING, ORACLES, Over, Rule, RunSettings, Seed, matched
+from looplm.lab.readings import Reading, Side, reading_of, unreadable, value_of
+from looplm.lab.settings import RunSettings, Seed, matched
 from looplm.lab.statistics import MOST
 from looplm.settings import NotNegative, Positive, Section
 
@@ -26,55 +27,9 @@ SHAPE = {"layers", "loops", "width", "feed_forward", "steps"}
 PAIRED = set("task scale task_settings batch seed split evaluations evaluation_items learning_rate".split())
 FEWEST, QUICK_SEEDS = 5, 3
 
-Measure = Literal["score", "loss", "exit_probability", "bits_per_parameter", "mean_loops"]
 LOWER_IS_BETTER = ("loss", "mean_loops")
-OF_LOOPS = ("exit_probability", "bits_per_parameter")
-"""Measures of a fixed loop, which no rule is read by."""
 Arms = dict[tuple[str, str], RunSettings]
 """Settings by arm and condition; learning rate and seed are still to be put in."""
-
-
-class Reading(Section):
-    """A number of a run."""
-
-    measure: Measure = "score"
-    """Exact matches, nats a graded target, mean probability of exiting after the loop, Capo's R, loops of a rule."""
-    loop: Annotated[int, Field(ge=1)] | Literal["last"] = "last"
-    """The loop read; `last` is the last one trained."""
-    difficulty: int | None = None
-    """The level of the items; all by default."""
-    step: Annotated[int, Field(ge=1)] | None = None
-    """When: the first evaluation from this step on; the end by default."""
-    rule: Rule | None = None
-    """Read under this exit rule and freezing instead of at a fixed loop; the run's `frontier` asks for it."""
-    mean_loops: float | None = None
-    """The rule's budget, one of those in `frontier`; None for an oracle, which has its own."""
-    over: Over = "graded"
-    """Which positions' loops are counted."""
-
-
-class Side(Section):
-    """One side of a contrast: an arm, and how it is read where the claim's reading does not hold."""
-
-    arm: str
-    condition: str = ""
-    measure: Measure | None = None
-    loop: Annotated[int, Field(ge=1)] | Literal["last"] | None = None
-    difficulty: int | None = None
-    step: Annotated[int, Field(ge=1)] | None = None
-    rule: Rule | None = None
-    mean_loops: float | None = None
-    over: Over | None = None
-
-    @property
-    def label(self) -> str:
-        """The arm and what is particular about its reading."""
-        more = [part for part in (self.condition, (self.measure or "").replace("_", " ")) if part]
-        more += [f"{name} {getattr(self, name)}" for name in ("loop", "difficulty", "step") if getattr(self, name)]
-        budget = f" at {self.mean_loops:g} loops" if self.mean_loops else ""
-        more += [self.rule + budget] if self.rule else []
-        more += [f"{self.over} positions"] if self.over else []
-        return self.arm + (f" ({', '.join(more)})" if more else "")
 
 
 class Contrast(Section):
@@ -159,8 +114,7 @@ class Claim(Section):
         return self
 
     def _check_sides(self, known: Arms) -> None:
-        sides = [side for contrast in self.contrasts for side in (contrast.left, contrast.right)]
-        named = [(side.arm, side.condition) for side in sides]
+        named = [(side.arm, side.condition) for side in self.sides()]
         if self.testable is not None:
             named.append((self.testable.arm, self.testable.condition))
         for arm, condition in named:
@@ -169,33 +123,24 @@ class Claim(Section):
                 raise ValueError(f"claim {self.name}: no arm {arm!r} under condition {condition!r}; there are {names}")
 
     def _check_readings(self, known: Arms) -> None:
-        """What is read must be scored: its loop and its step."""
-        for side in (side for contrast in self.contrasts for side in (contrast.left, contrast.right)):
-            settings, read = known[side.arm, side.condition], reading_of(self.reading, side)
-            scored = settings.evaluation_loops or settings.loops
-            if read.loop != "last" and read.loop > scored:
-                raise ValueError(f"claim {self.name}: loop {read.loop} of {side.arm!r} is not scored, only {scored}")
-            if read.step is not None and read.step > settings.steps:
-                raise ValueError(f"claim {self.name}: {side.arm!r} is read at step {read.step} of {settings.steps}")
-            self._check_rule(read, settings.frontier or ())
+        """What is read must be scored."""
+        for side in self.sides():
+            fault = unreadable(reading_of(self.reading, side), side.arm, known[side.arm, side.condition])
+            if fault:
+                raise ValueError(f"claim {self.name}: {fault}")
 
-    def _check_rule(self, read: Reading, budgets: Sequence[float]) -> None:
-        """An exit rule is scored at the budgets of `frontier` alone, at the end, over all levels."""
-        fault: str | None = None
-        if read.rule is None:
-            fault = "no rule is named" if read.mean_loops is not None or read.measure == "mean_loops" else None
-        elif not budgets:
-            fault = "the settings have no frontier"
-        elif (read.mean_loops is None) != (read.rule in ORACLES):
-            fault = "an oracle has no budget" if read.rule in ORACLES else "mean_loops is missing"
-        elif read.mean_loops is not None and read.mean_loops not in budgets:
-            fault = f"frontier has {list(budgets)}"
-        elif read.mean_loops is not None and read.mean_loops < 2 and read.rule in COMPARING:
-            fault = "no such rule stops before loop 2"
-        elif (read.loop, read.difficulty, read.step) != ("last", None, None) or read.measure in OF_LOOPS:
-            fault = "rules are read at the end, over all levels, by score, loss or mean_loops"
-        if fault:
-            raise ValueError(f"claim {self.name}: {read.rule} cannot be read at mean_loops {read.mean_loops}: {fault}")
+    def sides(self) -> list[Side]:
+        """The left and the right of every contrast."""
+        return [side for contrast in self.contrasts for side in (contrast.left, contrast.right)]
+
+    def uncontrasted(self) -> list[Side]:
+        """Arms, by condition, that no contrast names, where they can be read as the claim reads."""
+        named = {(side.arm, side.condition) for side in self.sides()}
+        return [
+            Side(arm=arm, condition=condition)
+            for (arm, condition), settings in self.runs().items()
+            if (arm, condition) not in named and not unreadable(self.reading, arm, settings)
+        ]
 
     def runs(self) -> Arms:
         """The settings of every arm under every condition. Raises ValueError for settings that cannot be."""
@@ -271,48 +216,6 @@ def load_claims(path: Path = FILE) -> list[Claim]:
 def entries(text: str) -> Any:
     """The YAML of a file of claims as plain values."""
     return yaml.safe_load(text)
-
-
-def reading_of(reading: Reading, side: Side) -> Reading:
-    """A claim's reading with what one side has of its own."""
-    own = {name: getattr(side, name) for name in Reading.model_fields}
-    return reading.model_copy(update={name: value for name, value in own.items() if value is not None})
-
-
-def value_of(rows: Iterable[Mapping[str, Any]], reading: Reading, side: Side | None = None) -> float:
-    """A number of a run from its rows; levels weigh by their items.
-
-    Args:
-        rows: all rows of the run.
-        reading: the claim's.
-        side: what differs from it.
-
-    Returns: not a number where the run diverged before anything was scored there, or to a loss that is none.
-
-    Raises:
-        ValueError: nothing was scored at that loop, level, step or budget.
-    """
-    read, rows = reading if side is None else reading_of(reading, side), list(rows)
-    steps = sorted({row["step"] for row in rows})
-    step = steps[-1] if read.step is None else next((step for step in steps if step >= read.step), None)
-    loop = rows[0]["loops"] if read.loop == "last" else read.loop
-    if read.rule is None:
-        asked = {"loop": loop, "step": step, "difficulty": read.difficulty, "rule": None}
-    else:
-        asked = {"rule": read.rule, "step": step, "over": read.over, "mean_loops": read.mean_loops}
-    optional = ("difficulty", "mean_loops")  # any where they are not given
-    chosen = [
-        row
-        for row in rows
-        if all(row[name] == value or (value is None and name in optional) for name, value in asked.items())
-        and row[read.measure] is not None
-    ]
-    if not chosen and rows[0]["diverged"]:
-        return math.nan
-    if not chosen:
-        raise ValueError(f"no {read.measure} at " + ", ".join(f"{name} {value}" for name, value in asked.items()))
-    items = sum(row["items"] for row in chosen)
-    return sum(row[read.measure] * row["items"] for row in chosen) / items
 
 
 def best_rates(claim: Claim, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, float] | None:

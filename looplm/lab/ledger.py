@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from looplm.lab.claims import FILE, Claim, Contrast, Side, best_rates, entries, missing_runs, value_of
+from looplm.lab.claims import FILE, Claim, Contrast, best_rates, entries, missing_runs
+from looplm.lab.readings import Side, value_of
 from looplm.lab.runner import git
 from looplm.lab.settings import RunSettings
 from looplm.lab.statistics import holm, interval, p_equal, p_greater

@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from looplm.files import write_json, write_text
-from looplm.lab.claims import Claim, Measure, Side
+from looplm.lab.claims import Claim
 from looplm.lab.figures import dot_chart
 from looplm.lab.ledger import Entry, Finding, Runs, strangers, values
+from looplm.lab.readings import Measure
 
 UNITS: dict[Measure, str] = {
     "score": "share of exact matches",
@@ -54,11 +55,7 @@ def _figure(entry: Entry, runs: Runs) -> str:
     """Every seed a dot: sides of contrasts with the claim's measure, read as there, then arms that none names."""
     claim, groups = entry.claim, {}
     if entry.rates:
-        sides: list[Side] = [side for c in claim.contrasts for side in (c.left, c.right)]
-        named = {(side.arm, side.condition) for side in sides}
-        sides += [
-            Side(arm=arm, condition=condition) for arm, condition in claim.runs() if (arm, condition) not in named
-        ]
+        sides = claim.sides() + claim.uncontrasted()
         same = [side for side in sides if side.measure in (None, claim.reading.measure)]
         groups = {side.label: [*filter(math.isfinite, values(claim, side, entry.rates, runs))] for side in same}
     return dot_chart(groups, f"{claim.number} {claim.name}", UNITS[claim.reading.measure])

@@ -5,7 +5,8 @@ import math
 import pytest
 import yaml
 
-from looplm.lab.claims import Reading, Side, best_rates, load_claims, missing_runs, value_of
+from looplm.lab.claims import best_rates, load_claims, missing_runs
+from looplm.lab.readings import Reading, Side, value_of
 from looplm.lab.settings import flops
 from looplm.lab.statistics import p_greater
 from tests.lab.ledgers import SEEDS, claim, results, rows

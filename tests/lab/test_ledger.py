@@ -206,3 +206,16 @@ def test_the_figure_shows_arms_that_no_contrast_names(tmp_path):
     drawing = ElementTree.fromstring((tmp_path / "claim-made-up.svg").read_text())
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 3 * 8
     assert "three" in [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_figure_leaves_out_arms_that_cannot_be_read_as_the_claim_reads(tmp_path):
+    made = claim(
+        reading={"loop": 2},
+        arms={"two": {"loops": 2}, "one": {}, "three": {"loops": 3}},
+        contrasts=[{"left": {"arm": "two"}, "right": {"arm": "three"}, "margin": 0.1}],
+    )
+    assert not made.uncontrasted()  # "one" has no second loop
+    runs = results(made, {"two": [0.9] * 8, "three": [0.5] * 8, "one": [0.7] * 8}, loop=2)
+    write_ledger(judge([made], runs, {"made-up": 1_000}), runs, tmp_path, "looplm lab claims")
+    drawing = ElementTree.fromstring((tmp_path / "claim-made-up.svg").read_text())
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 8
