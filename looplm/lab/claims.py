@@ -123,11 +123,20 @@ class Claim(Section):
                 raise ValueError(f"claim {self.name}: no arm {arm!r} under condition {condition!r}; there are {names}")
 
     def _check_readings(self, known: Arms) -> None:
-        """What is read must be scored."""
+        """What is read must be scored, by the sweep as well."""
         for side in self.sides():
             fault = unreadable(reading_of(self.reading, side), side.arm, known[side.arm, side.condition])
             if fault:
                 raise ValueError(f"claim {self.name}: {fault}")
+        for arm, swept in self.sweep().items():  # judged as the claim reads
+            fault = unreadable(self.of_sweep, arm, swept[0])
+            if fault:
+                raise ValueError(f"claim {self.name}: the sweep of learning_rates cannot be judged: {fault}")
+
+    @property
+    def of_sweep(self) -> Reading:
+        """What the sweep is judged by: the claim's reading, at the end."""
+        return self.reading.model_copy(update={"step": None})
 
     def sides(self) -> list[Side]:
         """The left and the right of every contrast."""
@@ -230,11 +239,10 @@ def best_rates(claim: Claim, runs: Mapping[str, list[dict[str, Any]]]) -> dict[s
         return {arm: claim.learning_rates[0] for arm, _ in claim.runs()}
     rates = {}
     lower_is_better = claim.reading.measure in LOWER_IS_BETTER
-    reading = claim.reading.model_copy(update={"step": None})
     for arm, swept in claim.sweep().items():
         if any(settings.key not in runs for settings in swept):
             return None
-        found = [(value_of(runs[settings.key], reading), settings.learning_rate) for settings in swept]
+        found = [(value_of(runs[settings.key], claim.of_sweep), settings.learning_rate) for settings in swept]
         costs = [(value if lower_is_better else -value, rate) for value, rate in found]
         rates[arm] = min(costs, key=lambda pair: (math.isnan(pair[0]), *pair))[1]
     return rates

@@ -58,6 +58,17 @@ def test_claims_that_break_a_rule_are_refused_in_a_line(changes, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_sweep_is_judged_by_the_reading_of_the_claim_which_every_arm_must_have():
+    sides = {"left": {"arm": "two"}, "right": {"arm": "one", "loop": 1}, "margin": 0.1}
+    changes = {"reading": {"loop": 2, "step": 11}, "settings": {"task": "p-hop", "steps": 20}, "contrasts": [sides]}
+    assert claim(**changes).sweep() == {}
+    with pytest.raises(ValueError, match="learning_rates cannot be judged: loop 2 of 'one' is not scored, only 1"):
+        claim(**changes, learning_rates=[0.003, 0.006])
+    arms = {"two": {"loops": 2}, "one": {}, "brief": {"loops": 2, "steps": 10}}  # read at its end, and only there
+    swept = claim(**{**changes, "reading": {"step": 11}, "arms": arms}, learning_rates=[0.003, 0.006])
+    assert swept.of_sweep.step is None and len(swept.sweep()["brief"]) == 2
+
+
 def test_two_claims_need_two_names(tmp_path):
     made = claim().model_dump(exclude={"waiting", "testable"})
     path = tmp_path / "claims.yaml"
