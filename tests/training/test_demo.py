@@ -133,7 +133,8 @@ def test_two_minutes_of_the_real_demo(tmp_path):
     assert all(
         token["depth"] in (1, 2, 3, 4) for e in report["generations"] for p in e["prompts"] for token in p["tokens"]
     )
-    assert report["data"]["train_tokens"] > 1_000_000 and report["training"]["minutes"] < 4  # 2.53 beside two other runs on two slow cores
+    assert report["data"]["train_tokens"] > 1_000_000
+    assert report["training"]["minutes"] < 4  # 2.53 beside two other runs on two slow cores
     assert (output / "report.html").read_text().rstrip().endswith("</html>")
     load_model(str(output / "model"))
     assert "Traceback" not in done.stderr and f"report  {output}/report.html" in done.stdout
